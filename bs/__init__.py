@@ -1,0 +1,1 @@
+"""The base station: attention, router and head; decides which device works on which token."""

@@ -1,0 +1,1 @@
+"""What base station and devices share: messages, links, clock, engines, the bundle's manifest, errors."""

@@ -1,0 +1,1 @@
+"""Engines run experts. One seam, looked up by name in a table."""

@@ -1,0 +1,58 @@
+"""Everything wdmoe raises for what the world did. A caller's mistake is a plain ValueError or TypeError.
+
+    WdmoeError
+    ├── BundleError          a bundle or profile file is missing, damaged or of another version
+    ├── CheckpointError      a checkpoint is incomplete, of an unknown type or in an unsafe format
+    ├── ProtocolError        a message is malformed, oversized or of another version
+    ├── EngineError          an engine cannot be had, or gives wrong numbers
+    └── DeviceError          something about one device; carries its name
+        ├── DeviceTimeout    it missed a deadline
+        ├── DeviceFailed     it answered with an error, or with rows that are not finite
+        └── DevicesMissing   experts of the model that no connected device serves
+"""
+
+from __future__ import annotations
+
+
+class WdmoeError(Exception):
+    """Base of all errors of this project; its text is fit to be shown to a user."""
+
+
+class BundleError(WdmoeError):
+    """A bundle is missing, damaged, or of another version."""
+
+
+class CheckpointError(WdmoeError):
+    """A checkpoint cannot be exported as it stands."""
+
+
+class ProtocolError(WdmoeError):
+    """A message is malformed, too large, or of another version."""
+
+
+class EngineError(WdmoeError):
+    """An engine cannot be had on this machine, or gives wrong numbers."""
+
+
+class DeviceError(WdmoeError):
+    """Something went wrong with one device.
+
+    Attributes:
+        device: the name of the device, as it gave it in its hello.
+    """
+
+    def __init__(self, device: str, message: str) -> None:
+        super().__init__(f"device {device}: {message}")
+        self.device = device
+
+
+class DeviceTimeout(DeviceError):
+    """A device missed a deadline."""
+
+
+class DeviceFailed(DeviceError):
+    """A device answered with an error, or with rows that are not finite."""
+
+
+class DevicesMissing(WdmoeError):
+    """Some experts are served by no connected device."""
