@@ -1,14 +1,14 @@
 """Everything wdmoe raises for what the world did. A caller's mistake is a plain ValueError or TypeError.
 
-    WdmoeError
-    ├── BundleError          a bundle or profile file is missing, damaged or of another version
-    ├── CheckpointError      a checkpoint is incomplete, of an unknown type or in an unsafe format
-    ├── ProtocolError        a message is malformed, oversized or of another version
-    ├── EngineError          an engine cannot be had, or gives wrong numbers
-    └── DeviceError          something about one device; carries its name
-        ├── DeviceTimeout    it missed a deadline
-        ├── DeviceFailed     it answered with an error, or with rows that are not finite
-        └── DevicesMissing   experts of the model that no connected device serves
+WdmoeError
+├── BundleError          a bundle or profile file is missing, damaged or of another version
+├── CheckpointError      a checkpoint is incomplete, of an unknown type or in an unsafe format
+├── ProtocolError        a message is malformed, oversized or of another version
+├── EngineError          an engine cannot be had, or gives wrong numbers
+└── DeviceError          something about one device; carries its name
+    ├── DeviceTimeout    it missed a deadline
+    ├── DeviceFailed     it answered with an error, or with rows that are not finite
+    └── DevicesMissing   experts of the model that no connected device serves
 """
 
 from __future__ import annotations
