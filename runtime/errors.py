@@ -3,6 +3,7 @@
 WdmoeError
 ├── BundleError          a bundle or profile file is missing, damaged or of another version
 ├── CheckpointError      a checkpoint is incomplete, of an unknown type or in an unsafe format
+├── DataError            evaluation rows are missing, damaged or do not fit the model
 ├── ProtocolError        a message is malformed, oversized or of another version
 ├── EngineError          an engine cannot be had, or gives wrong numbers
 └── DeviceError          something about one device; carries its name
@@ -24,6 +25,10 @@ class BundleError(WdmoeError):
 
 class CheckpointError(WdmoeError):
     """A checkpoint cannot be exported as it stands."""
+
+
+class DataError(WdmoeError):
+    """Evaluation rows are missing, damaged, or do not fit the model."""
 
 
 class ProtocolError(WdmoeError):

@@ -1,0 +1,272 @@
+"""Who is connected: hellos, heartbeats and goodbyes are dealt with here; the rest is handed on.
+
+The hub owns the link. Above it there are devices with names, not peers; below it there are frames.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from wdmoe.bs.latency import LatencyTracker
+from wdmoe.runtime.clock import Clock
+from wdmoe.runtime.errors import DevicesMissing, ProtocolError
+from wdmoe.runtime.links import Link, Parcel, Peer
+from wdmoe.runtime.manifest import BsManifest
+from wdmoe.runtime.messages import (
+    PROTOCOL_VERSION,
+    ErrorReport,
+    ExpertReply,
+    Goodbye,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    Welcome,
+    decode,
+    encode,
+)
+
+HEARTBEAT_S = 1.0
+
+
+@dataclass(slots=True)
+class Device:
+    """A connected device."""
+
+    name: str
+    peer: Peer
+    session: str
+    experts: frozenset[tuple[int, int]]  # (block, expert)
+    latency: LatencyTracker
+    last_heard_s: float
+    pings: dict[int, float] = field(default_factory=dict)  # nonce -> when it was sent
+
+
+@dataclass(frozen=True, slots=True)
+class Replied:
+    """A device answered a request."""
+
+    device: str
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Complained:
+    """A device reported an error, about one request or about all."""
+
+    device: str
+    text: str
+    request_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A device said hello: for the first time, or again after a restart."""
+
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """A device said goodbye."""
+
+    device: str
+    reason: str
+
+
+Event = Replied | Complained | Joined | Left
+
+
+class Hub:
+    """The connected devices, and the one loop turn that keeps them."""
+
+    def __init__(self, link: Link, manifest: BsManifest, clock: Clock) -> None:
+        self.devices: dict[str, Device] = {}
+        self.refused: Counter[str] = Counter()  # why, how often
+        self.clock = clock
+        self._link = link
+        self._manifest = manifest
+        self._peers: dict[Peer, str] = {}
+        self._outbox: list[Parcel] = []
+        self._next_ping_s = clock.now_s()
+        self._nonce = 0
+
+    def send(self, device: str, message: Message) -> None:
+        """Queue a message for the next turn; dropped if the device is gone."""
+        if (known := self.devices.get(device)) is not None:
+            self._outbox.append(Parcel(known.peer, encode(message)))
+
+    def turn(self, timeout_s: float) -> list[Event]:
+        """Send what is queued, wait at most `timeout_s` for something to come, and tell what it was."""
+        now_s = self.clock.now_s()
+        if now_s >= self._next_ping_s:
+            self._ping_all(now_s)
+        outgoing, self._outbox = self._outbox, []
+        arrived = self._link.exchange(outgoing, min(timeout_s, max(0.0, self._next_ping_s - now_s)))
+        return [event for parcel in arrived if (event := self._take(parcel)) is not None]
+
+    def close(self, reason: str) -> None:
+        """Say goodbye to every device, so that it looks for the next base station at once."""
+        for name in self.devices:
+            self.send(name, Message(Goodbye(reason)))
+        self._link.exchange(self._outbox, 0.0)
+        self._outbox = []
+
+    def missing_experts(self) -> list[tuple[int, int]]:
+        """Return the (block, expert) that no connected device serves."""
+        served: set[tuple[int, int]] = set().union(*(device.experts for device in self.devices.values()))
+        model = self._manifest.model
+        return [
+            (block, expert)
+            for block in range(model.n_blocks)
+            for expert in range(model.n_experts)
+            if (block, expert) not in served
+        ]
+
+    def missing_devices(self) -> list[int]:
+        """Return the numbers of the device folders that would serve the missing experts."""
+        placement = self._manifest.placement
+        return sorted({placement[block][expert][0] for block, expert in self.missing_experts()})
+
+    def wait_for_devices(self, timeout_s: float, on_change: Callable[[], None] = lambda: None) -> None:
+        """Wait until every expert is served and every device has answered a ping.
+
+        Raises:
+            DevicesMissing: some are still missing when the time is up; says which.
+        """
+        deadline_s = self.clock.now_s() + timeout_s
+        while (missing := self.missing_devices()) or any(not d.latency.round_trip_ms for d in self.devices.values()):
+            left_s = deadline_s - self.clock.now_s()
+            if left_s <= 0:
+                break
+            if self.turn(min(left_s, 0.25)):
+                on_change()
+        if missing:
+            folders = ", ".join(f"device-{k}" for k in missing)
+            reasons = "".join(f"; refused {n} x: {text}" for text, n in self.refused.items())
+            raise DevicesMissing(
+                f"{len(self.missing_experts())} experts are served by nobody after {timeout_s:g} s: no {folders}; "
+                f"connected: {', '.join(sorted(self.devices)) or 'none'}{reasons}. "
+                "Start `wdmoe-device --bundle FOLDER --bs ADDRESS` for each missing folder"
+            )
+
+    def owners(self) -> tuple[tuple[str, ...], list[list[int]]]:
+        """Say who serves which expert now.
+
+        Returns:
+            the names of the devices in order, and [block][expert] -> index into them (of several, the first).
+
+        Raises:
+            DevicesMissing: an expert is served by nobody.
+        """
+        names = tuple(sorted(self.devices))
+        if missing := self.missing_experts():
+            block, expert = missing[0]
+            raise DevicesMissing(f"expert {expert} of block {block} is served by no connected device")
+        model = self._manifest.model
+        owner = [
+            [
+                next(k for k, name in enumerate(names) if (block, expert) in self.devices[name].experts)
+                for expert in range(model.n_experts)
+            ]
+            for block in range(model.n_blocks)
+        ]
+        return names, owner
+
+    def _take(self, parcel: Parcel) -> Event | None:
+        try:
+            message = decode(parcel.frames, self._manifest.model.d_model)
+        except ProtocolError as error:
+            self._refuse(parcel.peer, f"malformed message: {error}", final=False)
+            return None
+        header = message.header
+        if isinstance(header, Hello):
+            return self._on_hello(parcel.peer, header)
+        name = self._peers.get(parcel.peer)
+        if name is None:
+            self._refuse(parcel.peer, "not known here, say hello first", final=False)
+            return None
+        device = self.devices[name]
+        device.last_heard_s = self.clock.now_s()
+        match header:
+            case ExpertReply():
+                return Replied(name, message)
+            case ErrorReport(text=text, request_id=request_id):
+                return Complained(name, text, request_id)
+            case Pong(nonce=nonce):
+                if (sent_s := device.pings.pop(nonce, None)) is not None:
+                    device.latency.observe_round_trip((device.last_heard_s - sent_s) * 1e3)
+                return None
+            case Goodbye(reason=reason):
+                self._forget(name)
+                return Left(name, reason)
+            case other:
+                self._refuse(parcel.peer, f"a base station does not take {type(other).__name__}", final=False)
+                return None
+
+    def _on_hello(self, peer: Peer, hello: Hello) -> Event | None:
+        if (reason := self._refusal(hello)) is not None:
+            self._refuse(peer, f"{hello.device}: {reason}", final=True)
+            return None
+        known = self.devices.get(hello.device)
+        now_s = self.clock.now_s()
+        if known is not None and known.session != hello.session and now_s - known.last_heard_s < 3 * HEARTBEAT_S:
+            self._refuse(peer, f"{hello.device}: another device of that name is connected; start it with --name", True)
+            return None
+        tracker = known.latency if known is not None and known.session == hello.session else None
+        if known is not None:
+            self._forget(hello.device)
+        self.devices[hello.device] = Device(
+            hello.device,
+            peer,
+            hello.session,
+            frozenset((block, expert) for block, held in enumerate(hello.experts) for expert in held),
+            tracker or LatencyTracker(hello.profile),
+            now_s,
+        )
+        self._peers[peer] = hello.device
+        self.send(hello.device, Message(Welcome(PROTOCOL_VERSION, HEARTBEAT_S)))
+        self._ping(self.devices[hello.device], now_s)
+        return Joined(hello.device)
+
+    def _refusal(self, hello: Hello) -> str | None:
+        manifest, profile = self._manifest, hello.profile
+        model = manifest.model
+        if hello.protocol != PROTOCOL_VERSION:
+            return f"speaks protocol {hello.protocol}, the base station {PROTOCOL_VERSION}; install the same version"
+        if hello.bundle_id != manifest.bundle_id:
+            return (
+                f"serves bundle {hello.bundle_id[:12]}, the base station runs {manifest.bundle_id[:12]} "
+                f"({model.name}); copy the device folder of this bundle"
+            )
+        if len(hello.experts) != model.n_blocks or any(e >= model.n_experts for b in hello.experts for e in b):
+            return f"names experts outside {model.n_blocks} blocks x {model.n_experts} experts"
+        if (profile.d_model, profile.d_ff) != (model.d_model, model.d_ff):
+            return f"profile is of a {profile.d_model}x{profile.d_ff} expert, expected {model.d_model}x{model.d_ff}"
+        return None
+
+    def _refuse(self, peer: Peer, text: str, final: bool) -> None:
+        self.refused[text] += 1
+        self._outbox.append(Parcel(peer, encode(Message(ErrorReport(text[:4096], final=final)))))
+
+    def _forget(self, name: str) -> None:
+        self._peers.pop(self.devices.pop(name).peer, None)
+
+    def _ping_all(self, now_s: float) -> None:
+        self._next_ping_s = now_s + HEARTBEAT_S
+        for device in self.devices.values():
+            self._ping(device, now_s)
+
+    def _ping(self, device: Device, now_s: float) -> None:
+        self._nonce += 1
+        device.pings[self._nonce] = now_s
+        while len(device.pings) > 16:  # a silent device must not fill the memory
+            del device.pings[next(iter(device.pings))]
+        self.send(device.name, Message(Ping(self._nonce)))
+
+
+def names_of(devices: Iterable[Device]) -> str:
+    """List devices for a message."""
+    return ", ".join(sorted(device.name for device in devices)) or "none"

@@ -1,0 +1,180 @@
+"""What goes through the model at once: flat rows of tokens, with a mask that says who sees whom.
+
+Rows of several sequences, of a trie of choices, of a prompt or of one new token are all the same thing here, so
+nothing is ever padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from wdmoe.bs.questions import Answer, Question, TokenIds
+from wdmoe.bs.routing import Bools, Floats, Ints
+from wdmoe.runtime.messages import MAX_ROWS
+
+
+class KvCache:
+    """Keys and values of one sequence, for every block: grows by appending, never moves what it holds."""
+
+    def __init__(self, n_blocks: int, kv_dim: int, capacity: int) -> None:
+        self.length = 0  # tokens that every block holds
+        self._keys = np.zeros((n_blocks, capacity, kv_dim), np.float32)
+        self._values = np.zeros((n_blocks, capacity, kv_dim), np.float32)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens it can hold."""
+        return self._keys.shape[1]
+
+    def past(self, block: int) -> tuple[Floats, Floats]:
+        """Return keys and values of the tokens before this microbatch, each [length, kv_dim]."""
+        return self._keys[block, : self.length], self._values[block, : self.length]
+
+    def store(self, block: int, keys: Floats, values: Floats) -> None:
+        """Write one block's keys and values of the new tokens, each [new, kv_dim]; `advance` makes them the past."""
+        end = self.length + len(keys)
+        self._keys[block, self.length : end] = keys
+        self._values[block, self.length : end] = values
+
+    def advance(self, tokens: int) -> None:
+        """Count the tokens of a finished microbatch as past."""
+        self.length += tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """Rows to run through the model."""
+
+    name: str
+    token_ids: Ints  # [n]
+    positions: Ints  # [n]
+    mask: Floats  # [n, past + n], added to attention scores: 0 or -inf
+    head_rows: Ints  # [m], rows whose next token is asked for, ascending
+    target_rows: Ints  # [t], index into head_rows
+    target_ids: Ints  # [t], tokens whose log-probability is asked for
+    want_logits: bool = False  # whether the result carries all logits of head_rows
+    cache: KvCache | None = None  # None: nothing comes before and nothing is kept
+
+    def __post_init__(self) -> None:
+        """Refuse what no device would take."""
+        if not 1 <= len(self.token_ids) <= MAX_ROWS:
+            raise ValueError(f"{self.name}: {len(self.token_ids)} tokens in one microbatch, expected 1 to {MAX_ROWS}")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What the model says to a microbatch."""
+
+    logprobs: Floats  # [t], natural logarithm, of target_ids
+    greedy: Bools  # [t], whether target_ids is the most likely token
+    logits: Floats | None = None  # [m, vocab] where wanted
+
+
+@dataclass(frozen=True, slots=True)
+class Trie:
+    """Token sequences with their shared beginnings merged."""
+
+    token_ids: Ints  # [n]
+    depth: Ints  # [n], position of the token in its sequence
+    parent: Ints  # [n], row of the token before it, -1 for the first; always smaller than the row itself
+    rows: tuple[Ints, ...]  # for each sequence, its rows in order
+
+
+def merge_prefixes(sequences: Sequence[TokenIds]) -> Trie:
+    """Merge what sequences share from their beginning."""
+    children: dict[tuple[int, int], int] = {}
+    token_ids: list[int] = []
+    depth: list[int] = []
+    parent: list[int] = []
+    rows: list[Ints] = []
+    for sequence in sequences:
+        node, path = -1, []
+        for position, token in enumerate(sequence):
+            child = children.get((node, token))
+            if child is None:
+                child = children[node, token] = len(token_ids)
+                token_ids.append(token)
+                depth.append(position)
+                parent.append(node)
+            node = child
+            path.append(node)
+        rows.append(np.array(path, np.int64))
+    return Trie(np.array(token_ids, np.int64), np.array(depth, np.int64), np.array(parent, np.int64), tuple(rows))
+
+
+def ancestor_mask(parent: Ints, depth: Ints, window: int | None) -> Floats:
+    """Let each row see itself and the rows before it on its own path: [n, n] of 0 and -inf.
+
+    Args:
+        parent: [n], as in `Trie`.
+        depth: [n], as in `Trie`.
+        window: how many positions a token sees, itself included; None: all.
+    """
+    n = len(parent)
+    sees = np.zeros((n, n), np.bool_)
+    for row, before in enumerate(parent):
+        if before >= 0:
+            sees[row] = sees[before]
+        sees[row, row] = True
+    if window is not None:
+        sees &= depth[:, None] - depth[None, :] < window
+    return np.where(sees, np.float32(0), np.float32(-np.inf))
+
+
+def causal_mask(new: int, past: int, window: int | None) -> Floats:
+    """Mask of `new` tokens of one sequence after `past` cached ones: [new, past + new] of 0 and -inf."""
+    position = np.arange(past + new)
+    distance = position[past:, None] - position[None, :]
+    sees = distance >= 0
+    if window is not None:
+        sees &= distance < window
+    return np.where(sees, np.float32(0), np.float32(-np.inf))
+
+
+def pack_question(question: Question, window: int | None) -> Microbatch:
+    """Lay the choices of a question out as one trie: what they share is computed once, with equal results."""
+    trie = merge_prefixes([choice.context + choice.continuation[:-1] for choice in question.choices])
+    predicting = [rows[len(choice.context) - 1 :] for choice, rows in zip(question.choices, trie.rows, strict=True)]
+    head_rows, target_rows = np.unique(np.concatenate(predicting), return_inverse=True)
+    targets = [token for choice in question.choices for token in choice.continuation]
+    return Microbatch(
+        question.name,
+        trie.token_ids,
+        trie.depth,
+        ancestor_mask(trie.parent, trie.depth, window),
+        head_rows,
+        target_rows,
+        np.array(targets, np.int64),
+    )
+
+
+def pack_sequence(
+    name: str, token_ids: Sequence[int], cache: KvCache, window: int | None, all_logits: bool = False
+) -> Microbatch:
+    """Lay out the next tokens of one sequence; the result carries the logits of the last one, or of all."""
+    new, past = len(token_ids), cache.length
+    if past + new > cache.capacity:
+        raise ValueError(f"{name}: {past + new} tokens do not fit the KV cache of {cache.capacity}")
+    none: npt.NDArray[np.int64] = np.empty(0, np.int64)
+    return Microbatch(
+        name,
+        np.array(token_ids, np.int64),
+        np.arange(past, past + new),
+        causal_mask(new, past, window),
+        np.arange(0 if all_logits else new - 1, new),
+        none,
+        none,
+        want_logits=True,
+        cache=cache,
+    )
+
+
+def answer_of(question: Question, result: Result) -> Answer:
+    """Sum the target tokens' log-probabilities by choice."""
+    ends = np.cumsum([len(choice.continuation) for choice in question.choices])[:-1]
+    sums = tuple(float(part.sum(dtype=np.float64)) for part in np.split(result.logprobs, ends))
+    return Answer(sums, tuple(bool(part.all()) for part in np.split(result.greedy, ends)))

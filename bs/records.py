@@ -1,0 +1,93 @@
+"""What is written down while microbatches run, and its summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class BlockRecord:
+    """One microbatch in one block."""
+
+    pairs: int  # (token, device) pairs of the model's own top-k
+    droppable: int  # of these, all but one a token
+    sent: int  # pairs that were sent
+    gate_mass: float
+    gate_mass_dropped: float
+    theta: float | None
+    stopped: str | None
+    waiting_ms: float = 0.0  # attention waiting: the base station has nothing left to do for this microbatch
+    device_ms: float = 0.0  # the longest compute time a device reported
+    bytes_down: int = 0
+    bytes_up: int = 0
+
+
+@dataclass(slots=True)
+class Record:
+    """One microbatch from start to result."""
+
+    name: str
+    tokens: int
+    latency_ms: float = 0.0
+    bs_ms: float = 0.0  # stages, routing, selecting, packing, combining; without the shared experts
+    blocks: list[BlockRecord] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A run of one policy."""
+
+    questions: int
+    tokens: int
+    latency_p50_ms: float
+    latency_p95_ms: float
+    waiting_ms: float  # mean per question
+    bs_ms: float  # mean per question
+    device_ms: float  # mean per question, the slowest device of each block
+    bytes_down: int
+    bytes_up: int
+    pairs: int
+    droppable: int
+    dropped: int
+    gate_mass_dropped: float  # share of all
+    theta_mean: float | None  # of the final thetas, over blocks and microbatches
+    theta_stops: dict[str, int]  # why it stopped, how often
+
+    @property
+    def dropped_share(self) -> float:
+        """Dropped pairs over droppable pairs."""
+        return self.dropped / self.droppable if self.droppable else 0.0
+
+
+def summarise(records: Sequence[Record]) -> Summary:
+    """Sum up the records of one policy's run."""
+    if not records:
+        raise ValueError("nothing was recorded")
+    blocks = [block for record in records for block in record.blocks]
+    latency = np.percentile([record.latency_ms for record in records], (50, 95))
+    thetas = [block.theta for block in blocks if block.theta is not None]
+    stops: dict[str, int] = {}
+    for block in blocks:
+        if block.stopped is not None:
+            stops[block.stopped] = stops.get(block.stopped, 0) + 1
+    mass = sum(block.gate_mass for block in blocks)
+    return Summary(
+        questions=len(records),
+        tokens=sum(record.tokens for record in records),
+        latency_p50_ms=float(latency[0]),
+        latency_p95_ms=float(latency[1]),
+        waiting_ms=sum(block.waiting_ms for block in blocks) / len(records),
+        bs_ms=sum(record.bs_ms for record in records) / len(records),
+        device_ms=sum(block.device_ms for block in blocks) / len(records),
+        bytes_down=sum(block.bytes_down for block in blocks),
+        bytes_up=sum(block.bytes_up for block in blocks),
+        pairs=sum(block.pairs for block in blocks),
+        droppable=sum(block.droppable for block in blocks),
+        dropped=sum(block.pairs - block.sent for block in blocks),
+        gate_mass_dropped=sum(block.gate_mass_dropped for block in blocks) / mass if mass else 0.0,
+        theta_mean=float(np.mean(thetas)) if thetas else None,
+        theta_stops=stops,
+    )

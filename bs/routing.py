@@ -1,0 +1,74 @@
+"""From router logits to who gets what: the model's own choice of experts, and a policy's plan for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The model's own top-k of one block."""
+
+    experts: Ints  # [tokens, k], descending in weight
+    weights: Floats  # [tokens, k], as the model would use them
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a policy made of a routing."""
+
+    keep: Bools  # [tokens, k], False: this expert is not asked for this token
+    weights: Floats  # [tokens, k], what outputs are multiplied with; 0 where not kept
+    theta: float | None = None  # where the policy has one: its final threshold
+    stopped: str | None = None  # and why it stopped there
+
+
+def route(router_logits: Floats, top_k: int, normalise: bool) -> Routing:
+    """Choose experts as the model does: softmax over all, the k largest, scaled to sum to one if the model says so.
+
+    Args:
+        router_logits: [tokens, n_experts].
+        top_k: experts of one token.
+        normalise: whether the chosen weights are scaled to sum to one.
+    """
+    shifted = np.exp(router_logits - router_logits.max(axis=1, keepdims=True))
+    probabilities = shifted / shifted.sum(axis=1, keepdims=True)
+    experts = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+    weights = np.take_along_axis(probabilities, experts, axis=1)
+    if normalise:
+        weights = weights / weights.sum(axis=1, keepdims=True)
+    return Routing(experts, weights)
+
+
+def pair_weights(routing: Routing, owner: Ints, n_devices: int) -> Floats:
+    """Sum the weights of each token's experts by device.
+
+    Args:
+        routing: of one block.
+        owner: [n_experts], the device of each expert.
+        n_devices: number of devices.
+
+    Returns:
+        [tokens, n_devices]; the entry of a pair (token, device) that is not used is 0.
+    """
+    devices = owner[routing.experts]
+    total = np.zeros((len(devices), n_devices), np.float32)
+    token = np.arange(len(devices))
+    for slot in range(devices.shape[1]):  # at most k additions, none of which meet
+        total[token, devices[:, slot]] += routing.weights[:, slot]
+    return total
+
+
+def pairs_used(experts: Ints, keep: Bools, owner: Ints, n_devices: int) -> Bools:
+    """Say which devices each token's row travels to: [tokens, n_devices]."""
+    used = np.zeros((len(experts), n_devices), np.bool_)
+    token, slot = np.nonzero(keep)
+    used[token, owner[experts[token, slot]]] = True
+    return used

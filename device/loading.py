@@ -1,0 +1,152 @@
+"""Bring a slice up: choose the best engine that gives right answers, and measure it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from wdmoe.profiles.device_profile import VERSION, DeviceProfile, Point
+from wdmoe.runtime.engines import ENGINES, ExpertEngine, load_engine
+from wdmoe.runtime.errors import BundleError, EngineError
+from wdmoe.runtime.manifest import DeviceManifest
+from wdmoe.runtime.tensor_file import map_tensors
+
+_QUICK_TOKENS = (1, 4, 16, 64, 256)
+_QUICK_CALLS = 15
+_QUICK_BUDGET_S = 0.5  # for each token count: a slow device takes fewer calls
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The outcome of one engine's self-check."""
+
+    engine: str
+    experts: int
+    max_error: float  # relative to the largest golden value
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the engine may serve; an error that is not a number fails."""
+        return self.max_error <= self.tolerance
+
+
+def self_check(engine: ExpertEngine, folder: Path, manifest: DeviceManifest) -> Check:
+    """Run the golden inputs of every expert of the slice and compare with the golden outputs.
+
+    Raises:
+        BundleError: the golden file lacks an expert or has another shape.
+    """
+    golden = map_tensors(folder / manifest.golden)
+    worst = 0.0
+    for entry in manifest.experts:
+        try:
+            rows = golden[f"input.block_{entry.block:02d}"]
+            expected = golden[f"output.block_{entry.block:02d}.expert_{entry.expert:02d}"]
+        except KeyError as error:
+            raise BundleError(f"{folder / manifest.golden}: has no {error}; copy the folder again") from error
+        if rows.shape != expected.shape or rows.shape[1:] != (manifest.model.d_model,):
+            raise BundleError(f"{folder / manifest.golden}: expert {entry.expert} of block {entry.block} is misshapen")
+        got = engine.run(entry.block, entry.expert, np.array(rows, np.float32))
+        error_here = float(np.abs(got - expected).max() / max(float(np.abs(expected).max()), 1e-30))
+        worst = max(worst, error_here if np.isfinite(error_here) else float("inf"))
+    return Check(engine.name, len(manifest.experts), worst, engine.tolerance)
+
+
+def choose_engine(
+    folder: Path, manifest: DeviceManifest, names: Sequence[str], threads: int, say: Callable[[str], None]
+) -> ExpertEngine:
+    """Load the first engine of `names` that can be had and passes its self-check.
+
+    Args:
+        folder: of the slice.
+        manifest: of the slice.
+        names: engines to try, best first.
+        threads: for one call.
+        say: told why an engine was taken or passed over.
+
+    Raises:
+        EngineError: none passes; says why for each.
+    """
+    reasons: list[str] = []
+    for name in names:
+        try:
+            engine = load_engine(name, folder, manifest.experts, threads)
+            check = self_check(engine, folder, manifest)
+        except EngineError as error:
+            reasons.append(str(error))
+            say(f"passed over {error}")
+            continue
+        verdict = f"{check.experts} experts, largest error {check.max_error:.1e}, allowed {check.tolerance:.0e}"
+        if check.passed:
+            say(f"engine {name} {engine.version}: {verdict}")
+            return engine
+        reasons.append(f"engine {name}: self-check failed ({verdict})")
+        say(f"passed over {reasons[-1]}")
+    raise EngineError(f"no engine of {', '.join(names)} can serve this slice: " + "; ".join(reasons))
+
+
+def quick_profile(engine: ExpertEngine, manifest: DeviceManifest) -> DeviceProfile:
+    """Measure one expert of the slice at a few token counts; takes about a second on a small model."""
+    model = manifest.model
+    rng = np.random.default_rng(0)
+    points: list[Point] = []
+    for tokens in _QUICK_TOKENS:
+        rows = rng.standard_normal((tokens, model.d_model), dtype=np.float32)
+        times_ms: list[float] = []
+        started = time.perf_counter()
+        for call in range(_QUICK_CALLS + 2):
+            # Another expert each time, as in service: one expert over and over would sit in the cache.
+            entry = manifest.experts[call % len(manifest.experts)]
+            before = time.perf_counter()
+            engine.run(entry.block, entry.expert, rows)
+            after = time.perf_counter()
+            if call >= 2:  # the first calls allocate
+                times_ms.append((after - before) * 1e3)
+            if times_ms and after - started > _QUICK_BUDGET_S:
+                break
+        p50, p95 = np.percentile(times_ms, (50, 95))
+        points.append(Point(tokens, float(p50), float(p95)))
+    return DeviceProfile(
+        VERSION,
+        device=hardware_name(),
+        software=f"{engine.name} {engine.version}, Python {platform.python_version()}, {platform.system()}",
+        engine=engine.name,
+        precision=manifest.precision,
+        d_model=model.d_model,
+        d_ff=model.d_ff,
+        points=tuple(points),
+    )
+
+
+def hardware_name() -> str:
+    """Name this machine: the module of a Jetson, else the processor."""
+    tree = Path("/proc/device-tree/model")
+    if tree.exists():
+        return tree.read_text(errors="replace").rstrip("\0").strip()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    processor = names[0] if names else platform.processor() or platform.machine()
+    return f"{processor}, {os.cpu_count()} CPUs"
+
+
+def engine_names(choice: str) -> tuple[str, ...]:
+    """Turn the user's choice into the engines to try: `auto` means all, best first."""
+    if choice == "auto":
+        return tuple(ENGINES)
+    if choice not in ENGINES:
+        raise ValueError(f"unknown engine {choice!r}, expected auto or one of {', '.join(ENGINES)}")
+    return (choice,)
+
+
+def say_to_stderr(text: str) -> None:
+    """Progress goes to stderr; stdout is for results."""
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,128 @@
+"""From a config to a serving device; or to one process for each device of a whole bundle."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from wdmoe.device.config import DeviceConfig
+from wdmoe.device.loading import choose_engine, engine_names, quick_profile, say_to_stderr
+from wdmoe.device.service import DeviceService
+from wdmoe.device.serving import serve
+from wdmoe.runtime.clock import RealClock
+from wdmoe.runtime.errors import BundleError
+from wdmoe.runtime.links import dial
+from wdmoe.runtime.manifest import MANIFEST_NAME, DeviceManifest, read_manifest, verify_files
+from wdmoe.runtime.messages import MAX_ROWS, Message
+from wdmoe.runtime.worker import ThreadWorker
+
+_STOP_WAIT_S = 10.0
+
+
+def run(config: DeviceConfig) -> int:
+    """Serve what the bundle holds until interrupted; returns the exit code.
+
+    Raises:
+        WdmoeError: the bundle, the engine or the base station refuses.
+    """
+    folders = device_folders(config.bundle)
+    if folders == [config.bundle]:
+        return serve_folder(config)
+    if config.name is not None:
+        raise ValueError(f"--name names one device, {config.bundle} holds {len(folders)}; give one device-K folder")
+    return _serve_each(config, folders)
+
+
+def device_folders(bundle: Path) -> list[Path]:
+    """Return the device folders that a path stands for: itself, or those of a whole bundle."""
+    if (bundle / MANIFEST_NAME).exists():
+        return [bundle]
+    folders = sorted(
+        (path for path in bundle.glob("device-*") if (path / MANIFEST_NAME).exists()),
+        key=lambda path: int(path.name.removeprefix("device-")) if path.name[7:].isdigit() else -1,
+    )
+    if not folders:
+        raise BundleError(
+            f"{bundle}: no {MANIFEST_NAME} and no device-K folders in it; expected a folder made by wdmoe-export "
+            "(give it with --bundle)"
+        )
+    return folders
+
+
+def serve_folder(config: DeviceConfig) -> int:
+    """Verify, check, measure and serve one slice."""
+    stop = threading.Event()
+    manifest = read_manifest(config.bundle, DeviceManifest)
+    name = config.name or f"device-{manifest.device}"
+    say_to_stderr(
+        f"{name}: {config.bundle}, {len(manifest.experts)} experts of {manifest.model.name} "
+        f"({manifest.precision}), base station {config.bs}"
+    )
+    verify_files(config.bundle, manifest)
+    engine = choose_engine(
+        config.bundle, manifest, engine_names(config.engine), config.threads, lambda t: say_to_stderr(f"{name}: {t}")
+    )
+    profile = quick_profile(engine, manifest)
+    curve = ", ".join(f"{point.tokens}: {point.p50_ms:.2f}" for point in profile.points)
+    say_to_stderr(f"{name}: measured ms per expert call by tokens: {curve}")
+    clock = RealClock()
+    link = dial(config.bs, MAX_ROWS * manifest.model.d_model * 4)
+    worker: ThreadWorker[Message] = ThreadWorker("engine", link.wake)
+    service = DeviceService(name, secrets.token_hex(8), manifest, engine, profile, clock)
+
+    def stop_serving(signum: int, frame: FrameType | None) -> None:
+        stop.set()
+        link.wake()
+
+    signal.signal(signal.SIGINT, stop_serving)
+    signal.signal(signal.SIGTERM, stop_serving)
+    try:
+        serve(service, link, worker, stop, say_to_stderr)
+    finally:
+        worker.close()
+        link.close()
+    say_to_stderr(f"{name}: stopped after {service.requests} requests")
+    return 0
+
+
+def _serve_each(config: DeviceConfig, folders: list[Path]) -> int:
+    """Run one process per folder; stop all when interrupted or when one ends."""
+    processes = {folder: subprocess.Popen(_command(replace(config, bundle=folder))) for folder in folders}
+    stopping = threading.Event()
+
+    def stop_all(signum: int, frame: FrameType | None) -> None:
+        stopping.set()
+
+    signal.signal(signal.SIGINT, stop_all)
+    signal.signal(signal.SIGTERM, stop_all)
+    ended: list[Path] = []
+    while not stopping.wait(0.2):
+        if ended := [folder for folder, process in processes.items() if process.poll() is not None]:
+            break
+    for process in processes.values():
+        process.terminate()
+    deadline = time.monotonic() + _STOP_WAIT_S
+    for process in processes.values():
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    if ended:
+        code = processes[ended[0]].returncode
+        say_to_stderr(f"{ended[0]}: its process ended with exit code {code}; stopped the others")
+        return code or 1
+    return 0
+
+
+def _command(config: DeviceConfig) -> list[str]:
+    entry = "from wdmoe.device.cli import main; main()"
+    options = ["--bundle", str(config.bundle), "--bs", config.bs, "--engine", config.engine]
+    return [sys.executable, "-c", entry, *options, "--threads", str(config.threads)]

@@ -1,0 +1,165 @@
+"""What a device does with a message: events in, messages out. No socket, no clock of its own.
+
+Long work (running experts) is handed out as jobs, so that a ping is answered while an expert runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from wdmoe.profiles.device_profile import DeviceProfile
+from wdmoe.runtime.clock import Clock
+from wdmoe.runtime.engines import ExpertEngine
+from wdmoe.runtime.errors import ProtocolError
+from wdmoe.runtime.manifest import DeviceManifest
+from wdmoe.runtime.messages import (
+    PROTOCOL_VERSION,
+    ErrorReport,
+    ExpertReply,
+    ExpertRequest,
+    Goodbye,
+    Hello,
+    Message,
+    Ping,
+    Pong,
+    Welcome,
+    pack_rows,
+    request_index,
+    request_weights,
+    unpack_rows,
+)
+
+Job = Callable[[], Message]
+HELLO_EVERY_S = 0.5
+SILENT_HEARTBEATS = 5  # after which the base station counts as gone
+
+
+def run_request(message: Message, engine: ExpertEngine, clock: Clock, arrived_s: float) -> Message:
+    """Run the experts a request names and sum their weighted outputs, one row for each row sent.
+
+    Args:
+        message: a checked ExpertRequest with its rows.
+        engine: holds the experts.
+        clock: measures what the reply reports.
+        arrived_s: when the request came.
+    """
+    request = message.header
+    assert isinstance(request, ExpertRequest) and message.rows is not None
+    started_s = clock.now_s()
+    rows = unpack_rows(message.rows)
+    index, weights = request_index(request), request_weights(request)
+    total = np.zeros_like(rows, dtype=np.float32)
+    at = 0
+    for expert, count in zip(request.experts, request.counts, strict=True):
+        which = index[at : at + count]
+        chosen = rows if count == len(rows) and bool((which == np.arange(count)).all()) else rows[which]
+        out = engine.run(request.block, expert, chosen)
+        # The protocol lets a row come at most once for each expert, so no two additions meet.
+        total[which] += out * weights[at : at + count, None]
+        at += count
+    packed, wire = pack_rows(total, request.wire)
+    ended_s = clock.now_s()
+    return Message(
+        ExpertReply(
+            request.request_id,
+            len(packed),
+            wire,
+            queue_us=round(max(0.0, started_s - arrived_s) * 1e6),
+            compute_us=round((ended_s - started_s) * 1e6),
+        ),
+        packed,
+    )
+
+
+@dataclass(slots=True)
+class DeviceService:
+    """The state of a serving device: whether it is welcome, and what it holds."""
+
+    name: str
+    session: str
+    manifest: DeviceManifest
+    engine: ExpertEngine
+    profile: DeviceProfile
+    clock: Clock
+    welcomed: bool = False
+    refused: str | None = None  # why the base station will never take this device
+    requests: int = 0
+    _heartbeat_s: float = 1.0
+    _last_heard_s: float = 0.0
+    _last_hello_s: float = field(default=float("-inf"))
+    _held: frozenset[tuple[int, int]] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Index what is held."""
+        self._held = frozenset((entry.block, entry.expert) for entry in self.manifest.experts)
+
+    def on_tick(self) -> list[Message]:
+        """Introduce itself while not welcome; notice a base station that has gone silent."""
+        now_s = self.clock.now_s()
+        if self.welcomed and now_s - self._last_heard_s > SILENT_HEARTBEATS * self._heartbeat_s:
+            self.welcomed = False
+        if self.welcomed or self.refused or now_s - self._last_hello_s < HELLO_EVERY_S:
+            return []
+        self._last_hello_s = now_s
+        return [Message(self._hello())]
+
+    def on_message(self, message: Message) -> tuple[list[Message], Job | None]:
+        """Answer a message of the base station, or return the job whose result is the answer."""
+        now_s = self.clock.now_s()
+        self._last_heard_s = now_s
+        match message.header:
+            case Welcome(protocol=protocol, heartbeat_s=heartbeat_s):
+                if protocol != PROTOCOL_VERSION:
+                    self.refused = f"the base station speaks protocol {protocol}, this device {PROTOCOL_VERSION}"
+                else:
+                    self.welcomed, self._heartbeat_s = True, heartbeat_s
+                return [], None
+            case Ping(nonce=nonce):
+                return [Message(Pong(nonce))], None
+            case ExpertRequest() as request:
+                if (text := self._refusal(request)) is not None:
+                    return [Message(ErrorReport(text, request.request_id))], None
+                self.requests += 1
+                return [], lambda: self._compute(message, now_s)
+            case ErrorReport(text=text, final=final):
+                self.welcomed = False
+                self.refused = text if final else None
+                return [], None
+            case Goodbye():
+                self.welcomed = False
+                return [], None
+            case other:
+                return [Message(ErrorReport(f"a device does not take {type(other).__name__}"))], None
+
+    def on_malformed(self, error: ProtocolError) -> list[Message]:
+        """Answer frames that were no message."""
+        return [Message(ErrorReport(str(error)))]
+
+    def _compute(self, message: Message, arrived_s: float) -> Message:
+        assert isinstance(message.header, ExpertRequest)
+        try:
+            return run_request(message, self.engine, self.clock, arrived_s)
+        except Exception as error:  # noqa: BLE001 - whatever an engine throws, the base station must hear of it
+            return Message(ErrorReport(f"{type(error).__name__}: {error}", message.header.request_id))
+
+    def _refusal(self, request: ExpertRequest) -> str | None:
+        for expert in request.experts:
+            if (request.block, expert) not in self._held:
+                return f"expert {expert} of block {request.block} is not in this slice"
+        return None
+
+    def _hello(self) -> Hello:
+        blocks: list[list[int]] = [[] for _ in range(self.manifest.model.n_blocks)]
+        for entry in self.manifest.experts:
+            blocks[entry.block].append(entry.expert)
+        return Hello(
+            PROTOCOL_VERSION,
+            self.name,
+            self.session,
+            self.manifest.bundle_id,
+            tuple(tuple(block) for block in blocks),
+            self.profile,
+        )

@@ -1,0 +1,58 @@
+"""The serving loop of a device: exchange, answer, compute; until told to stop."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from wdmoe.device.service import HELLO_EVERY_S, DeviceService
+from wdmoe.runtime.errors import ProtocolError, WdmoeError
+from wdmoe.runtime.links import BS, Link, Parcel
+from wdmoe.runtime.messages import Goodbye, Message, decode, encode
+from wdmoe.runtime.worker import Worker
+
+
+def serve(
+    service: DeviceService,
+    link: Link,
+    worker: Worker[Message],
+    stop: threading.Event,
+    say: Callable[[str], None],
+) -> None:
+    """Serve until `stop` is set, then say goodbye.
+
+    Args:
+        service: what to answer.
+        link: to the base station.
+        worker: runs the experts, so that pings are answered meanwhile.
+        stop: set by a signal handler, which also wakes the link.
+        say: told when the base station comes and goes.
+
+    Raises:
+        WdmoeError: the base station refused this device for good; the text is the base station's.
+    """
+    outgoing: list[Message] = []
+    was_welcome = False
+    while not stop.is_set():
+        outgoing += service.on_tick()
+        arrived = link.exchange([Parcel(BS, encode(message)) for message in outgoing], HELLO_EVERY_S)
+        outgoing = []
+        for parcel in arrived:
+            try:
+                message = decode(parcel.frames, service.manifest.model.d_model)
+            except ProtocolError as error:
+                outgoing += service.on_malformed(error)
+                continue
+            answers, job = service.on_message(message)
+            outgoing += answers
+            if job is not None:
+                worker.submit(job)
+        for done in worker.finished():
+            assert done.result is not None, done.error  # the job reports its own failures
+            outgoing.append(done.result)
+        if service.refused is not None:
+            raise WdmoeError(f"the base station refused {service.name}: {service.refused}")
+        if service.welcomed != was_welcome:
+            was_welcome = service.welcomed
+            say(f"{service.name}: " + ("serving" if was_welcome else "base station gone, waiting for it"))
+    link.exchange([Parcel(BS, encode(Message(Goodbye("stopped by its operator"))))], 0.0)

@@ -1,0 +1,223 @@
+"""The seam to the network: one method that sends what is to go and returns what has come.
+
+`ZmqLink` is the real one (ROUTER at the base station, DEALER on a device; devices dial the base station, which
+works through NAT and WiFi isolation); `MemoryLink` is its twin for tests: peers are functions, waiting
+moves a virtual clock. A link carries frames and knows nothing of what they mean.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import zmq
+
+from wdmoe.runtime.clock import VirtualClock
+from wdmoe.runtime.errors import WdmoeError
+from wdmoe.runtime.messages import MAX_HEADER_BYTES, Frame
+
+Peer = bytes  # how the link tells its peers apart; opaque above it
+BS: Peer = b"bs"  # what a device calls its only peer
+_DRAIN_LIMIT = 256  # parcels taken at once, so that a flooding peer cannot hold the loop
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """Frames with the peer they go to or come from."""
+
+    peer: Peer
+    frames: Sequence[Frame]
+
+
+class Link(Protocol):
+    """A way to exchange parcels with peers. `exchange` belongs to one thread; `wake` may be called from any."""
+
+    def exchange(self, outgoing: Iterable[Parcel], timeout_s: float) -> list[Parcel]:
+        """Send, then return what has come; wait for it until something comes, `wake` is called or time is up.
+
+        Parcels to a peer that is gone are dropped: deadlines notice.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Let a waiting `exchange` return early."""
+        ...
+
+    def close(self) -> None:
+        """Flush for a moment, then free the sockets."""
+        ...
+
+
+class ZmqLink:
+    """A link over ZeroMQ; made by `listen` and `dial`."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], sock: zmq.Socket[bytes], routed: bool) -> None:
+        self._context = context
+        self._socket = sock
+        self._routed = routed
+        self._wake_out, self._wake_in = socket.socketpair()
+        self._wake_out.setblocking(False)
+        self._wake_in.setblocking(False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._wake_in, zmq.POLLIN)
+
+    @property
+    def address(self) -> str:
+        """The address bound to, with the port the system chose where 0 was asked for."""
+        return self._socket.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
+
+    def exchange(self, outgoing: Iterable[Parcel], timeout_s: float) -> list[Parcel]:
+        """Send, then return what has come; see `Link`."""
+        for parcel in outgoing:
+            self._send(parcel)
+        arrived = self._drain()
+        if not arrived:
+            ready = dict(self._poller.poll(max(0, round(timeout_s * 1000 + 0.5))))
+            if self._wake_in.fileno() in ready or self._wake_in in ready:
+                self._clear_wake()
+            arrived = self._drain()
+        return arrived
+
+    def wake(self) -> None:
+        """Let a waiting `exchange` return early."""
+        try:
+            self._wake_out.send(b"\0")
+        except BlockingIOError:
+            return  # the buffer is full of wakes already
+
+    def close(self) -> None:
+        """Flush for a moment, then free the sockets."""
+        self._socket.close(linger=200)
+        self._context.term()
+        self._wake_out.close()
+        self._wake_in.close()
+
+    def _send(self, parcel: Parcel) -> None:
+        frames: list[Frame] = [parcel.peer, *parcel.frames] if self._routed else list(parcel.frames)
+        try:
+            self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return  # no connection or a full queue; the sender's deadline will tell
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+
+    def _drain(self) -> list[Parcel]:
+        arrived: list[Parcel] = []
+        while len(arrived) < _DRAIN_LIMIT:
+            try:
+                frames = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            if self._routed:
+                arrived.append(Parcel(frames[0].bytes, [frame.buffer for frame in frames[1:]]))
+            else:
+                arrived.append(Parcel(BS, [frame.buffer for frame in frames]))
+        return arrived
+
+    def _clear_wake(self) -> None:
+        try:
+            while self._wake_in.recv(4096):
+                pass
+        except BlockingIOError:
+            return
+
+
+def listen(address: str, max_frame_bytes: int) -> ZmqLink:
+    """Open the base station's side.
+
+    Args:
+        address: for example "tcp://127.0.0.1:5555"; port 0 lets the system choose.
+        max_frame_bytes: a peer that sends a larger frame is cut off before memory is taken.
+
+    Raises:
+        WdmoeError: the address cannot be bound.
+    """
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    sock = context.socket(zmq.ROUTER)
+    sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    sock.setsockopt(zmq.MAXMSGSIZE, max(max_frame_bytes, MAX_HEADER_BYTES))
+    sock.setsockopt(zmq.SNDHWM, 10_000)
+    try:
+        sock.bind(address)
+    except zmq.ZMQError as error:
+        sock.close(linger=0)
+        context.term()
+        raise WdmoeError(
+            f"cannot listen on {address}: {error.strerror}; give another --listen, "
+            "or stop the wdmoe-bs that is running there"
+        ) from error
+    return ZmqLink(context, sock, routed=True)
+
+
+def dial(address: str, max_frame_bytes: int) -> ZmqLink:
+    """Open a device's side; ZeroMQ reconnects by itself, with a growing pause of up to 2 s.
+
+    Args:
+        address: of the base station.
+        max_frame_bytes: as for `listen`.
+
+    Raises:
+        WdmoeError: the address is not one.
+    """
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    sock = context.socket(zmq.DEALER)
+    sock.setsockopt(zmq.MAXMSGSIZE, max(max_frame_bytes, MAX_HEADER_BYTES))
+    sock.setsockopt(zmq.RECONNECT_IVL, 100)
+    sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
+    # Nothing queues for a connection that is not there: a hello from an hour ago helps nobody.
+    sock.setsockopt(zmq.IMMEDIATE, 1)
+    try:
+        sock.connect(address)
+    except zmq.ZMQError as error:
+        sock.close(linger=0)
+        context.term()
+        raise WdmoeError(f"cannot dial {address}: {error.strerror}; expected tcp://HOST:PORT") from error
+    return ZmqLink(context, sock, routed=False)
+
+
+Handler = Callable[[Sequence[Frame]], Iterable[Sequence[Frame]]]
+
+
+class MemoryLink:
+    """The base station's side of a network inside one process.
+
+    Each peer is a function from the frames it gets to the messages it answers with. Messages that peers send on
+    their own (a hello) are put in with `deliver`. With nothing to hand over, waiting moves the clock.
+    """
+
+    def __init__(self, peers: Mapping[Peer, Handler], clock: VirtualClock) -> None:
+        self.peers = dict(peers)
+        self._clock = clock
+        self._arrived: deque[Parcel] = deque()
+        self._woken = threading.Event()
+
+    def deliver(self, peer: Peer, frames: Sequence[Frame]) -> None:
+        """Let a peer send a message of its own accord."""
+        self._arrived.append(Parcel(peer, frames))
+
+    def exchange(self, outgoing: Iterable[Parcel], timeout_s: float) -> list[Parcel]:
+        """Send, then return what has come; see `Link`."""
+        for parcel in outgoing:
+            if (handler := self.peers.get(parcel.peer)) is not None:
+                # Copied, as a socket would: nobody may count on sharing memory with a peer.
+                sent = [bytes(frame) for frame in parcel.frames]
+                self._arrived.extend(Parcel(parcel.peer, [bytes(f) for f in frames]) for frames in handler(sent))
+        if not self._arrived and not self._woken.is_set():
+            self._clock.advance(max(0.0, timeout_s))
+        self._woken.clear()
+        arrived = list(self._arrived)
+        self._arrived.clear()
+        return arrived
+
+    def wake(self) -> None:
+        """Let the next `exchange` return without waiting."""
+        self._woken.set()
+
+    def close(self) -> None:
+        """Nothing to free."""

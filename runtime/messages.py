@@ -1,0 +1,203 @@
+"""The messages between base station and devices, and their frames. Format: docs/protocol.md.
+
+A message is one msgpack header frame and, for rows, one raw tensor frame. Everything a header claims is
+checked against the model and the frame that came with it before memory is taken or a row is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from wdmoe.profiles.device_profile import DeviceProfile
+from wdmoe.runtime.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+MAX_HEADER_BYTES = 4 << 20
+MAX_ROWS = 65_536  # of one request: a longer batch is cut by the sender
+
+Wire = Literal["fp32", "fp16"]
+_WIRE_DTYPES: dict[str, npt.DTypeLike] = {"fp32": "<f4", "fp16": "<f2"}
+
+Rows = npt.NDArray[np.float32]  # [n, d_model]
+Frame = bytes | bytearray | memoryview
+Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+
+
+class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hello"):
+    """Device to BS, until welcomed: who it is and what it serves."""
+
+    protocol: int
+    device: Name
+    session: Name  # new for each start of the device process
+    bundle_id: str
+    experts: tuple[tuple[Index, ...], ...]  # [block] -> experts it holds
+    profile: DeviceProfile
+
+
+class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="welcome"):
+    """BS to device: the hello was taken; how often the BS will be heard."""
+
+    protocol: int
+    heartbeat_s: Annotated[float, msgspec.Meta(gt=0, le=3600)]
+
+
+class ExpertRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="request"):
+    """BS to device: run experts on rows and return one weighted sum per row.
+
+    The rows are grouped by expert: the first counts[0] entries of `index` and `weights` belong to experts[0],
+    and so on, ascending within each expert. A row used by two experts travels once and is indexed twice.
+    """
+
+    request_id: Index
+    block: Index
+    rows: Annotated[int, msgspec.Meta(ge=1, le=MAX_ROWS)]
+    wire: Wire
+    experts: tuple[Index, ...]
+    counts: tuple[Annotated[int, msgspec.Meta(ge=1, le=MAX_ROWS)], ...]
+    index: bytes  # uint32 [sum(counts)], which row
+    weights: bytes  # float32 [sum(counts)], what the expert's output is multiplied with
+
+
+class ExpertReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="reply"):
+    """Device to BS: the weighted sums, one row for each row of the request."""
+
+    request_id: Index
+    rows: Annotated[int, msgspec.Meta(ge=1, le=MAX_ROWS)]
+    wire: Wire
+    queue_us: Index  # between arrival and start
+    compute_us: Index
+
+
+class Ping(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ping"):
+    """BS to device: heartbeat and round-trip probe."""
+
+    nonce: Index
+
+
+class Pong(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="pong"):
+    """Device to BS: at once, also while an expert is running."""
+
+    nonce: Index
+
+
+class ErrorReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="error"):
+    """Either way: why something was refused. `final` means that trying again cannot help."""
+
+    text: Annotated[str, msgspec.Meta(max_length=4096)]
+    request_id: Index | None = None
+    final: bool = False
+
+
+class Goodbye(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="goodbye"):
+    """Either way: leaving on purpose."""
+
+    reason: Annotated[str, msgspec.Meta(max_length=4096)]
+
+
+Header = Hello | Welcome | ExpertRequest | ExpertReply | Ping | Pong | ErrorReport | Goodbye
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Header)
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message: a header and, with requests and replies, rows as they travel (float32 or float16)."""
+
+    header: Header
+    rows: npt.NDArray[Any] | None = None  # [n, d_model], C order, dtype as header.wire says
+
+
+def encode(message: Message) -> list[Frame]:
+    """Turn a message into frames; the rows are not copied."""
+    header = _encoder.encode(message.header)
+    return [header] if message.rows is None else [header, message.rows.data.cast("B")]
+
+
+def decode(frames: Sequence[Frame], d_model: int) -> Message:
+    """Turn frames into a message; the rows stay a view of their frame.
+
+    Args:
+        frames: as they came.
+        d_model: width of a row.
+
+    Raises:
+        ProtocolError: anything is not as documented; names the field.
+    """
+    if not 1 <= len(frames) <= 2:
+        raise ProtocolError(f"a message has one or two frames, got {len(frames)}")
+    if len(frames[0]) > MAX_HEADER_BYTES:
+        raise ProtocolError(f"header of {len(frames[0])} bytes, at most {MAX_HEADER_BYTES} are taken")
+    try:
+        header = _decoder.decode(frames[0])
+    except (msgspec.DecodeError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise ProtocolError(f"header is not a message of protocol {PROTOCOL_VERSION}: {error}") from error
+    if not isinstance(header, ExpertRequest | ExpertReply):
+        if len(frames) != 1:
+            raise ProtocolError(f"{type(header).__name__} came with a tensor frame")
+        return Message(header)
+    if len(frames) != 2:
+        raise ProtocolError(f"{type(header).__name__} came without its tensor frame")
+    dtype = np.dtype(_WIRE_DTYPES[header.wire])
+    expected = header.rows * d_model * dtype.itemsize
+    if len(frames[1]) != expected:
+        raise ProtocolError(
+            f"{type(header).__name__}: tensor frame of {len(frames[1])} bytes, "
+            f"{header.rows} rows x {d_model} x {header.wire} are {expected}"
+        )
+    if isinstance(header, ExpertRequest):
+        _check_groups(header)
+    return Message(header, np.frombuffer(frames[1], dtype).reshape(header.rows, d_model))
+
+
+def request_index(header: ExpertRequest) -> npt.NDArray[np.uint32]:
+    """Which row each entry of a request speaks of."""
+    return np.frombuffer(header.index, "<u4")
+
+
+def request_weights(header: ExpertRequest) -> npt.NDArray[np.float32]:
+    """The weight of each entry of a request."""
+    return np.frombuffer(header.weights, "<f4")
+
+
+def pack_rows(rows: Rows, wire: Wire) -> tuple[npt.NDArray[Any], Wire]:
+    """Convert rows for the wire; rows that float16 cannot hold travel as float32 instead."""
+    if wire == "fp16":
+        with np.errstate(over="ignore"):
+            packed = rows.astype("<f2")
+        if np.isfinite(packed).all() or not np.isfinite(rows).all():
+            return packed, "fp16"
+    return np.ascontiguousarray(rows, "<f4"), "fp32"
+
+
+def unpack_rows(rows: npt.NDArray[Any]) -> Rows:
+    """Bring rows off the wire to float32; float32 rows are not copied."""
+    return rows.astype(np.float32, copy=False)
+
+
+def _check_groups(header: ExpertRequest) -> None:
+    total = sum(header.counts)
+    if not header.experts or len(header.experts) != len(header.counts):
+        raise ProtocolError(f"{len(header.experts)} experts with {len(header.counts)} counts")
+    if len(set(header.experts)) != len(header.experts):
+        raise ProtocolError("an expert is named twice in one request")
+    if len(header.index) != 4 * total or len(header.weights) != 4 * total:
+        raise ProtocolError(
+            f"counts sum to {total}, so index and weights have {4 * total} bytes each; "
+            f"got {len(header.index)} and {len(header.weights)}"
+        )
+    index = request_index(header).astype(np.int64)
+    if int(index.max()) >= header.rows:
+        raise ProtocolError(f"index {int(index.max())} is outside the {header.rows} rows")
+    ascends = np.diff(index) > 0
+    ascends[np.cumsum(header.counts[:-1]) - 1] = True  # a new expert may start anywhere
+    if not ascends.all():
+        raise ProtocolError("index does not ascend within an expert")
+    if not np.isfinite(request_weights(header)).all():
+        raise ProtocolError("a weight is not finite")

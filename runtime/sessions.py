@@ -1,0 +1,36 @@
+"""ONNX Runtime sessions as both sides open them: quiet, few threads, no busy waiting."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wdmoe.runtime.errors import EngineError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+def open_session(graph: Path, threads: int) -> onnxruntime.InferenceSession:
+    """Open a graph on the CPU.
+
+    Args:
+        graph: an ONNX file; its weights lie beside it.
+        threads: for one call.
+
+    Raises:
+        ImportError: ONNX Runtime is not installed.
+        EngineError: it refuses the graph.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    # Base station and devices often share a machine, and a device has other work than to spin.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base below Exception
+        raise EngineError(f"{graph}: ONNX Runtime {ort.__version__} refuses it: {error}") from error

@@ -1,0 +1,98 @@
+"""Where long computations run, so that the loop that owns the sockets never waits for them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[Result]):
+    """A job that has ended: its result, or what it raised."""
+
+    result: Result | None
+    error: Exception | None
+
+
+class Worker(Protocol[Result]):
+    """Runs jobs one after another, in the order they were submitted."""
+
+    def submit(self, job: Callable[[], Result]) -> None:
+        """Queue a job."""
+        ...
+
+    def finished(self) -> list[Done[Result]]:
+        """Take what has ended since the last call, in the order it was submitted."""
+        ...
+
+    def close(self) -> None:
+        """Let the running job end, drop the others."""
+        ...
+
+
+class ThreadWorker(Generic[Result]):
+    """Runs jobs on one thread of its own; `on_done` is called from it after each."""
+
+    def __init__(self, name: str, on_done: Callable[[], None]) -> None:
+        self._jobs: queue.SimpleQueue[Callable[[], Result] | None] = queue.SimpleQueue()
+        self._done: deque[Done[Result]] = deque()
+        self._closing = False
+        self._on_done = on_done
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], Result]) -> None:
+        """Queue a job."""
+        self._jobs.put(job)
+
+    def finished(self) -> list[Done[Result]]:
+        """Take what has ended since the last call."""
+        taken: list[Done[Result]] = []
+        while self._done:
+            taken.append(self._done.popleft())
+        return taken
+
+    def close(self) -> None:
+        """Let the running job end, drop the others."""
+        self._closing = True
+        self._jobs.put(None)
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None and not self._closing:
+            self._done.append(_run_job(job))
+            self._on_done()
+
+
+class InlineWorker(Generic[Result]):
+    """Runs each job at once, on the caller's thread: for tests and virtual time."""
+
+    def __init__(self, on_done: Callable[[], None]) -> None:
+        self._done: list[Done[Result]] = []
+        self._on_done = on_done
+
+    def submit(self, job: Callable[[], Result]) -> None:
+        """Run a job."""
+        self._done.append(_run_job(job))
+        self._on_done()
+
+    def finished(self) -> list[Done[Result]]:
+        """Take what has ended since the last call."""
+        taken, self._done = self._done, []
+        return taken
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+def _run_job(job: Callable[[], Result]) -> Done[Result]:
+    try:
+        return Done(job(), None)
+    except Exception as error:  # noqa: BLE001 - whatever it was, it must reach the loop, which knows what to do
+        return Done(None, error)
