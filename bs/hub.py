@@ -6,7 +6,7 @@ The hub owns the link. Above it there are devices with names, not peers; below i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from wdmoe.bs.latency import LatencyTracker
@@ -106,6 +106,10 @@ class Hub:
         outgoing, self._outbox = self._outbox, []
         arrived = self._link.exchange(outgoing, min(timeout_s, max(0.0, self._next_ping_s - now_s)))
         return [event for parcel in arrived if (event := self._take(parcel)) is not None]
+
+    def wake(self) -> None:
+        """Let a waiting turn return early; may be called from any thread."""
+        self._link.wake()
 
     def close(self, reason: str) -> None:
         """Say goodbye to every device, so that it looks for the next base station at once."""
@@ -265,8 +269,3 @@ class Hub:
         while len(device.pings) > 16:  # a silent device must not fill the memory
             del device.pings[next(iter(device.pings))]
         self.send(device.name, Message(Ping(self._nonce)))
-
-
-def names_of(devices: Iterable[Device]) -> str:
-    """List devices for a message."""
-    return ", ".join(sorted(device.name for device in devices)) or "none"

@@ -23,7 +23,6 @@ from wdmoe.bs.records import BlockRecord, Record
 from wdmoe.bs.routing import Floats, Ints, pairs_used, route
 from wdmoe.bs.stages import Stages, rope_angles
 from wdmoe.runtime.errors import DeviceFailed, DeviceTimeout
-from wdmoe.runtime.links import Link
 from wdmoe.runtime.manifest import BsManifest
 from wdmoe.runtime.messages import ExpertReply, Message, Wire, unpack_rows
 from wdmoe.runtime.worker import Worker
@@ -49,6 +48,7 @@ class Dispatched:
 class Flight:
     """One microbatch on its way."""
 
+    number: int  # of the microbatch, in the order they came
     microbatch: Microbatch
     angles: tuple[Floats, Floats]
     started_s: float
@@ -87,14 +87,13 @@ class Pipeline:
         stages: Stages,
         manifest: BsManifest,
         make_worker: Callable[[Callable[[], None]], Worker[Outcome]],
-        link: Link,
         wire: Wire = "fp16",
     ) -> None:
         self._hub = hub
         self._stages = stages
         self._model = manifest.model
         self._wire: Wire = wire
-        self._worker = make_worker(link.wake)
+        self._worker = make_worker(hub.wake)
         self._names, owner = hub.owners()
         self._owner = np.array(owner, np.int64)  # [block, expert] -> device index
         self._pending: dict[int, Pending] = {}
@@ -105,29 +104,28 @@ class Pipeline:
 
     def run(
         self, microbatches: Iterable[Microbatch], policy: Policy, in_flight: int = 1
-    ) -> Iterator[tuple[Microbatch, Result, Record]]:
-        """Run microbatches, at most `in_flight` at a time; yield each as it is done, in any order.
+    ) -> Iterator[tuple[int, Result, Record]]:
+        """Run microbatches, at most `in_flight` at a time; yield number, result and record of each as it is done.
 
         Raises:
             DeviceTimeout, DeviceFailed, DevicesMissing: a device that is needed is lost; the others are left usable.
         """
-        source = iter(microbatches)
+        source = enumerate(microbatches)
         exhausted = False
         try:
             while True:
                 while not exhausted and len(self._flights) < in_flight:
-                    microbatch = next(source, None)
-                    if microbatch is None:
+                    if (numbered := next(source, None)) is None:
                         exhausted = True
                     else:
-                        self._depart(microbatch, policy)
+                        self._depart(*numbered, policy)
                 if not self._flights:
                     return
                 self._turn(policy)
                 landed, self._landed = self._landed, []
                 for flight in landed:
                     assert flight.result is not None
-                    yield flight.microbatch, flight.result, flight.record
+                    yield flight.number, flight.result, flight.record
         finally:
             self._pending.clear()  # what still comes for an abandoned run is late, and counted
             self._flights.clear()
@@ -153,10 +151,10 @@ class Pipeline:
                 self._on_computed(flight, outcome, policy)
         self._check_deadlines()
 
-    def _depart(self, microbatch: Microbatch, policy: Policy) -> None:
+    def _depart(self, number: int, microbatch: Microbatch, policy: Policy) -> None:
         now_s = self._hub.clock.now_s()
         angles = rope_angles(self._model.rope, microbatch.positions)
-        flight = Flight(microbatch, angles, now_s, Record(microbatch.name, len(microbatch.token_ids)))
+        flight = Flight(number, microbatch, angles, now_s, Record(microbatch.name, len(microbatch.token_ids)))
         self._flights.append(flight)
         self._submit_step(flight, None, policy)
 

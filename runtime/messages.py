@@ -19,7 +19,7 @@ from wdmoe.runtime.errors import ProtocolError
 
 PROTOCOL_VERSION = 1
 MAX_HEADER_BYTES = 4 << 20
-MAX_ROWS = 65_536  # of one request: a longer batch is cut by the sender
+MAX_ROWS = 8_192  # of one request; bounds what a peer can make the other side allocate
 
 Wire = Literal["fp32", "fp16"]
 _WIRE_DTYPES: dict[str, npt.DTypeLike] = {"fp32": "<f4", "fp16": "<f2"}

@@ -1,0 +1,83 @@
+"""A base station from its config: verified bundle, open link, connected devices, loaded stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from wdmoe.bs.config import StationConfig
+from wdmoe.bs.hub import Hub
+from wdmoe.bs.pipeline import Outcome, Pipeline
+from wdmoe.bs.stages import Stages
+from wdmoe.runtime.clock import RealClock
+from wdmoe.runtime.errors import BundleError
+from wdmoe.runtime.links import listen
+from wdmoe.runtime.manifest import MANIFEST_NAME, BsManifest, read_manifest, verify_files
+from wdmoe.runtime.messages import MAX_ROWS
+from wdmoe.runtime.worker import ThreadWorker, Worker
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Station:
+    """An open base station, ready to run microbatches."""
+
+    config: StationConfig
+    folder: Path
+    manifest: BsManifest
+    hub: Hub
+    pipeline: Pipeline
+
+
+@contextmanager
+def open_hub(config: StationConfig, say: Say) -> Iterator[tuple[Path, BsManifest, Hub]]:
+    """Read the bundle and listen for devices; says goodbye to them at the end."""
+    folder = bs_folder(config.bundle)
+    manifest = read_manifest(folder, BsManifest)
+    link = listen(config.listen, MAX_ROWS * manifest.model.d_model * 4)
+    hub = Hub(link, manifest, RealClock())
+    say(f"{manifest.model.name}: listening on {link.address}")
+    try:
+        yield folder, manifest, hub
+    finally:
+        hub.close("the base station is done")
+        link.close()
+
+
+@contextmanager
+def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
+    """Open everything and wait for the devices the model needs.
+
+    Raises:
+        WdmoeError: the bundle is damaged, the address is taken, devices are missing.
+    """
+    with open_hub(config, say) as (folder, manifest, hub):
+        verify_files(folder, manifest)
+        stages = Stages(folder, manifest, config.threads)
+        waiting = ", ".join(f"device-{k}" for k in hub.missing_devices())
+        say(f"waiting up to {config.wait_s:g} s for {waiting}")
+        hub.wait_for_devices(config.wait_s)
+        say(f"connected: {', '.join(sorted(hub.devices))}")
+
+        def make_worker(wake: Callable[[], None]) -> Worker[Outcome]:
+            return ThreadWorker("stages", wake)
+
+        pipeline = Pipeline(hub, stages, manifest, make_worker, config.wire)
+        try:
+            yield Station(config, folder, manifest, hub, pipeline)
+        finally:
+            pipeline.close()
+
+
+def bs_folder(bundle: Path) -> Path:
+    """Accept the folder `bs` or the bundle that holds it."""
+    for folder in (bundle, bundle / "bs"):
+        if (folder / MANIFEST_NAME).exists():
+            return folder
+    raise BundleError(
+        f"{bundle}: holds no {MANIFEST_NAME}; expected the folder `bs` of a bundle (make one with wdmoe-export, "
+        "give it with --bundle)"
+    )
