@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from wdmoe.runtime.worker import InlineWorker, ThreadWorker, Worker
+
+
+def threaded(on_done: Callable[[], None]) -> Worker[int]:
+    return ThreadWorker("test", on_done)
+
+
+def inline(on_done: Callable[[], None]) -> Worker[int]:
+    return InlineWorker(on_done)
+
+
+@pytest.mark.parametrize("make", [threaded, inline])
+def test_jobs_end_in_the_order_they_came_and_failures_are_handed_over(
+    make: Callable[[Callable[[], None]], Worker[int]],
+) -> None:
+    def fail() -> int:
+        raise OSError("broken")
+
+    ended = threading.Semaphore(0)
+    worker = make(ended.release)
+    for job in (lambda: 1, fail, lambda: 3):
+        worker.submit(job)
+    for _ in range(3):
+        assert ended.acquire(timeout=10)
+    done = worker.finished()
+    assert [d.result for d in done] == [1, None, 3]
+    assert isinstance(done[1].error, OSError)
+    assert worker.finished() == []
+    worker.close()
