@@ -90,7 +90,7 @@ def run(
         from wdmoe.bs.evaluation import load_task
         from wdmoe.bs.experiment import describe_run, run_policies
         from wdmoe.bs.station import open_station
-        from wdmoe.bs.tables import policy_table
+        from wdmoe.bs.tables import policy_table, time_table
 
         config = StationConfig(**station)
         chosen = _parse_policies(policies)
@@ -101,6 +101,7 @@ def run(
         if json_path is None or str(json_path) != "-":
             link = result["link"]
             _print(policy_table(runs, f"{link['kind']} ({link['wire']})", len(result["devices"])))
+            _print(time_table(runs))
         if json_path is not None:
             _write_json(json_path, result)
 
@@ -176,7 +177,7 @@ def _progress(questions: int, policies: list[Policy]) -> Iterator[Callable[[str]
 def _print(table: Any) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    Console().print(table, "")
 
 
 def _write_json(path: Path, result: dict[str, Any]) -> None:

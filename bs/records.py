@@ -42,6 +42,7 @@ class Summary:
 
     questions: int
     tokens: int
+    latency_mean_ms: float
     latency_p50_ms: float
     latency_p95_ms: float
     waiting_ms: float  # mean per question
@@ -77,6 +78,7 @@ def summarise(records: Sequence[Record]) -> Summary:
     return Summary(
         questions=len(records),
         tokens=sum(record.tokens for record in records),
+        latency_mean_ms=sum(record.latency_ms for record in records) / len(records),
         latency_p50_ms=float(latency[0]),
         latency_p95_ms=float(latency[1]),
         waiting_ms=sum(block.waiting_ms for block in blocks) / len(records),

@@ -47,7 +47,7 @@ class DeviceError(WdmoeError):
     """
 
     def __init__(self, device: str, message: str) -> None:
-        super().__init__(f"device {device}: {message}")
+        super().__init__(f"{device}: {message}")
         self.device = device
 
 

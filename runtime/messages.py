@@ -196,7 +196,7 @@ def _check_groups(header: ExpertRequest) -> None:
     if int(index.max()) >= header.rows:
         raise ProtocolError(f"index {int(index.max())} is outside the {header.rows} rows")
     ascends = np.diff(index) > 0
-    ascends[np.cumsum(header.counts[:-1]) - 1] = True  # a new expert may start anywhere
+    ascends[np.cumsum(header.counts[:-1], dtype=np.int64) - 1] = True  # a new expert may start anywhere
     if not ascends.all():
         raise ProtocolError("index does not ascend within an expert")
     if not np.isfinite(request_weights(header)).all():

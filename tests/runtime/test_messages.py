@@ -60,6 +60,11 @@ def test_a_request_survives_encoding_with_its_rows() -> None:
     np.testing.assert_array_equal(got.rows, sent.rows)
 
 
+def test_a_request_for_one_expert_survives_encoding() -> None:
+    sent = request(index=[0, 2], counts=(2,), experts=(4,))
+    assert decode(encode(sent), WIDTH).header == sent.header
+
+
 def test_a_reply_survives_encoding_in_half_precision() -> None:
     rows = np.linspace(-2, 2, 2 * WIDTH, dtype="<f2").reshape(2, WIDTH)
     got = decode(encode(Message(ExpertReply(1, 2, "fp16", 10, 20), rows)), WIDTH)
