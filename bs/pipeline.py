@@ -31,7 +31,8 @@ from wdmoe.runtime.worker import Worker
 LATE_AT_LEAST_S = 2.0
 LATE_TIMES_P95 = 20.0
 SILENT_S = 2.0
-LATE_THOUGH_ALIVE = 10.0  # times the deadline
+LATE_THOUGH_ALIVE = 10.0  # times what was allowed
+CHECK_AGAIN_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,8 @@ class Pending:
     message: Message
     sent_s: float
     predicted_ms: float
-    deadline_s: float
+    allowed_s: float  # from sending to the answer, before the device is suspected
+    check_s: float  # when to look next
 
 
 Outcome = tuple[Flight, "Dispatched | Result | Floats"]
@@ -139,8 +141,8 @@ class Pipeline:
 
     def _turn(self, policy: Policy) -> None:
         now_s = self._hub.clock.now_s()
-        next_deadline_s = min((p.deadline_s for p in self._pending.values()), default=now_s + 1.0)
-        for event in self._hub.turn(max(0.0, min(1.0, next_deadline_s - now_s))):
+        next_check_s = min((p.check_s for p in self._pending.values()), default=now_s + 1.0)
+        for event in self._hub.turn(max(0.0, min(1.0, next_check_s - now_s))):
             self._on_event(event, policy)
         for done in self._worker.finished():
             if done.error is not None:
@@ -252,8 +254,9 @@ class Pipeline:
         predicted_ms = model.request_ms(shipment.counts)
         queued_ms = sum(p.predicted_ms for p in self._pending.values() if p.shipment.device == shipment.device)
         late_s = LATE_TIMES_P95 * device.latency.profile.tail_ratio * (predicted_ms + queued_ms) / 1e3
+        allowed_s = max(LATE_AT_LEAST_S, late_s)
         self._pending[self._next_id] = Pending(
-            flight, shipment, message, now_s, predicted_ms, now_s + max(LATE_AT_LEAST_S, late_s)
+            flight, shipment, message, now_s, predicted_ms, allowed_s, now_s + allowed_s
         )
         flight.waiting += 1
         flight.record.blocks[-1].bytes_down += message_bytes(message)
@@ -302,19 +305,19 @@ class Pipeline:
     def _check_deadlines(self) -> None:
         now_s = self._hub.clock.now_s()
         for pending in self._pending.values():
-            if now_s < pending.deadline_s:
+            if now_s < pending.check_s:
                 continue
             name = self._names[pending.shipment.device]
             device = self._hub.devices.get(name)
             silent_s = now_s - device.last_heard_s if device is not None else float("inf")
-            allowed_s = pending.deadline_s - pending.sent_s
-            if silent_s < SILENT_S and now_s - pending.sent_s < LATE_THOUGH_ALIVE * allowed_s:
+            if silent_s < SILENT_S and now_s - pending.sent_s < LATE_THOUGH_ALIVE * pending.allowed_s:
+                pending.check_s = now_s + CHECK_AGAIN_S
                 continue
             heard = f"silent for {silent_s:.1f} s" if silent_s >= SILENT_S else "though it answers pings"
             raise DeviceTimeout(
                 name,
                 f"no answer for block {pending.flight.block} of {pending.flight.microbatch.name} in "
-                f"{now_s - pending.sent_s:.1f} s (allowed {allowed_s:.1f} s), {heard}",
+                f"{now_s - pending.sent_s:.1f} s (allowed {pending.allowed_s:.1f} s), {heard}",
             )
 
 

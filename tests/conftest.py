@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
+
+
+@pytest.fixture(scope="session", params=["mixtral", "qwen2_moe"])
+def any_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model of each family, exported for four devices; the checkpoint lies beside it."""
+    return exported(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen2-MoE, exported for four devices."""
+    return exported(tmp_path_factory.mktemp("qwen"), "qwen2_moe")
+
+
+def exported(folder: Path, family: str) -> Path:
+    checkpoint = tiny.tiny_checkpoint(folder / "checkpoint", family)
+    config = ExportConfig(out=folder / "bundle")
+    return export_bundle(plan_export(checkpoint, family, config), config).out
