@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from inprocess import System, open_system
+
+from wdmoe.bs.hub import Joined, Left
+from wdmoe.runtime.errors import DevicesMissing
+from wdmoe.runtime.messages import ErrorReport, Goodbye, Hello, Message, Ping, Welcome, decode, encode
+
+
+@pytest.fixture
+def system(bundle: Path) -> Iterator[System]:
+    with open_system(bundle) as opened:
+        yield opened
+
+
+def hello(system: System, **fields: object) -> Hello:
+    first: Hello = system.services["device-0"]._hello()
+    return msgspec.structs.replace(first, **fields)
+
+
+def say(system: System, peer: bytes, header: Hello | Goodbye | Ping) -> list[Message]:
+    """Let a new peer send one message; return what it gets back."""
+    got: list[Message] = []
+
+    def handle(frames):  # type: ignore[no-untyped-def]
+        got.append(decode(frames, system.manifest.model.d_model))
+        return []
+
+    system.link.peers[peer] = handle
+    system.link.deliver(peer, encode(Message(header)))
+    system.hub.turn(0.0)
+    system.hub.turn(0.0)
+    return got
+
+
+def test_devices_are_welcome_with_what_they_hold(system: System) -> None:
+    assert sorted(system.hub.devices) == [f"device-{k}" for k in range(4)]
+    assert system.hub.missing_experts() == [] and system.hub.missing_devices() == []
+    names, owner = system.hub.owners()
+    assert [names[k] for k in owner[1]] == [f"device-{k}" for k in (0, 0, 1, 1, 2, 2, 3, 3)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"protocol": 2}, "speaks protocol 2, the base station 1"),
+        ({"bundle_id": "f" * 64}, "serves bundle ffffffffffff, the base station runs .* copy the device folder"),
+        ({"experts": ((0,),)}, "names experts outside 2 blocks x 8 experts"),
+        ({"experts": ((0,), (8,))}, "names experts outside"),
+        ({"session": "another"}, "another device of that name is connected; start it with --name"),
+    ],
+)
+def test_a_strangers_hello_is_refused_by_name_and_the_others_go_on(
+    system: System, fields: dict[str, object], words: str
+) -> None:
+    (answer,) = say(system, b"stranger", hello(system, **fields))
+    assert isinstance(answer.header, ErrorReport) and answer.header.final
+
+    assert re.search(words, answer.header.text)
+    assert sum(system.hub.refused.values()) == 1
+    assert len(system.hub.devices) == 4 and system.hub.missing_experts() == []
+
+
+def test_frames_that_are_no_message_are_counted_and_answered(system: System) -> None:
+    system.link.deliver(b"device-0", [b"garbage"])
+    assert system.hub.turn(0.0) == []
+    assert any("malformed" in text for text in system.hub.refused)
+
+
+def test_who_was_not_introduced_is_told_to_say_hello(system: System) -> None:
+    (answer,) = say(system, b"stranger", Ping(1))
+    assert answer.header == ErrorReport("not known here, say hello first")
+
+
+def test_a_goodbye_leaves_its_experts_without_a_device(system: System) -> None:
+    system.link.deliver(b"device-2", encode(Message(Goodbye("empty battery"))))
+    assert system.hub.turn(0.0) == [Left("device-2", "empty battery")]
+    assert system.hub.missing_devices() == [2]
+    with pytest.raises(DevicesMissing, match=r"4 experts are served by nobody after 3 s: no device-2; connected: dev"):
+        system.hub.wait_for_devices(3.0)
+    with pytest.raises(DevicesMissing, match="expert 4 of block 0"):
+        system.hub.owners()
+
+
+def test_the_same_session_may_come_back_at_once_and_keeps_its_corrections(system: System) -> None:
+    tracker = system.hub.devices["device-0"].latency
+    (welcome, _) = say(system, b"new connection", hello(system))
+    assert isinstance(welcome.header, Welcome)
+    assert system.hub.devices["device-0"].peer == b"new connection"
+    assert system.hub.devices["device-0"].latency is tracker
+
+
+def test_a_restarted_device_takes_its_name_back_once_the_old_one_is_silent(system: System) -> None:
+    system.link.peers[b"device-0"] = lambda frames: []
+    system.clock.advance(10.0)
+    system.link.deliver(b"fresh start", encode(Message(hello(system, session="second"))))
+    assert Joined("device-0") in system.hub.turn(0.0)
+    assert system.hub.devices["device-0"].session == "second"
+
+
+def test_round_trips_are_measured_with_pings(system: System) -> None:
+    handler = system.link.peers[b"device-1"]
+
+    def slow(frames):  # type: ignore[no-untyped-def]
+        system.clock.advance(0.025)
+        return handler(frames)
+
+    system.link.peers[b"device-1"] = slow
+    tracker = system.hub.devices["device-1"].latency
+    tracker.round_trip_ms = 0.0
+    system.clock.advance(1.0)
+    system.hub.turn(0.0)
+    assert tracker.model().round_trip_ms == pytest.approx(25.0)
+
+
+def test_closing_sends_everyone_a_goodbye(system: System) -> None:
+    for service in system.services.values():
+        service.welcomed = True
+    system.hub.close("done")
+    assert not any(service.welcomed for service in system.services.values())

@@ -1,0 +1,115 @@
+"""The command: one line for every failure, results on stdout, and nothing imported that `--help` does not need."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from tiny import tiny_checkpoint
+
+from wdmoe.export.cli import _plain_errors, main
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-mixtral", "mixtral")
+
+
+def _run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_an_export_says_what_it_made(checkpoint: Path, tmp_path: Path) -> None:
+    code, out, _ = _run("--model", checkpoint, "--experts-per-device", 3, "--out", tmp_path / "bundle")
+    assert code == 0
+    assert "tiny-mixtral (mixtral)" in out
+    assert "experts 6, 7 of every block" in out
+    code, out, _ = _run("--model", checkpoint, "--experts-per-device", 3, "--out", tmp_path / "bundle")
+    assert code == 0
+    assert "already there" in out
+
+
+def test_results_for_programs_are_json(checkpoint: Path, tmp_path: Path) -> None:
+    code, out, _ = _run("--model", checkpoint, "--devices", 2, "--out", tmp_path / "bundle", "--json")
+    made = json.loads(out)
+    assert (code, made["already_there"], len(made["devices"])) == (0, False, 2)
+    code, out, _ = _run("inspect", tmp_path / "bundle", "--json")
+    assert (code, json.loads(out)["bundle_id"]) == (0, made["bundle_id"])
+
+
+def test_inspect_names_a_damaged_file(checkpoint: Path, tmp_path: Path) -> None:
+    _run("--model", checkpoint, "--out", tmp_path / "bundle")
+    assert _run("inspect", tmp_path / "bundle")[0] == 0
+    (tmp_path / "bundle/bs/head.onnx").write_bytes(b"")
+    code, _, err = _run("inspect", tmp_path / "bundle")
+    assert code == 1
+    assert "head.onnx: size is 0 bytes" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "Missing option '--model'"),
+        (["--model", "CHECKPOINT", "--devices", "2", "--experts-per-device", "2"], 2, "not both"),
+        (["--model", "CHECKPOINT", "--devices", "9"], 2, "1 to 8"),
+        (["--model", "CHECKPOINT", "--experts-per-device", "9"], 2, "1 to 8"),
+        (["--model", "CHECKPOINT", "--experts-per-device", "0"], 2, "experts-per-device"),
+        (["--model", "CHECKPOINT", "inspect", "."], 2, "does not go with"),
+        (["--model", "no-such-model"], 1, "no such folder"),
+        (["--model", "./no/such"], 1, "no such folder"),
+        (["inspect", "no-such-folder"], 2, "does not exist"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    checkpoint: Path, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    filled = [str(checkpoint) if argument == "CHECKPOINT" else argument for argument in arguments]
+    options = [] if "inspect" in filled else ["--out", str(tmp_path / "bundle")]
+    found, _, err = _run(*options, *filled)
+    assert found == code
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_ctrl_c_says_that_the_export_can_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_, _plain_errors("goes on"):
+        raise KeyboardInterrupt
+    assert (exit_.value.code, capsys.readouterr().err) == (130, "goes on\n")
+
+
+def test_a_full_disk_is_told_in_one_line() -> None:
+    with pytest.raises(click.ClickException, match="x: No space left on device"), _plain_errors(""):
+        raise OSError(28, "No space left on device", "x")
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys, wdmoe.export.cli; print({'numpy', 'onnx', 'torch', 'transformers', 'rich'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_an_export_imports_no_torch(checkpoint: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from wdmoe.export.cli import main\n"
+        f"main(['--model', {str(checkpoint)!r}, '--out', {str(tmp_path / 'b')!r}], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers', 'onnxruntime'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_an_alias_that_cannot_be_downloaded_names_the_folder_to_give(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from wdmoe.export.cli import main; main()", "--model", "mixtral"]
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=offline, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 1
+    assert "mistralai/Mixtral-8x7B-v0.1" in done.stderr
+    assert "--model FOLDER" in done.stderr
+    assert "Traceback" not in done.stderr
