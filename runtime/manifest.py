@@ -9,13 +9,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
 
 from wdmoe.runtime.errors import BundleError
 
-FORMAT = "wdmoe-bundle"
+FORMAT: Final = "wdmoe-bundle"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 

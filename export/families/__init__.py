@@ -1,1 +1,16 @@
 """Model families: what a checkpoint of each type is called inside, one short file each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from wdmoe.export.families import mixtral, qwen2_moe
+from wdmoe.export.families.layout import BlockNames, Config, ExpertNames, ModelLayout
+
+__all__ = ["FAMILIES", "BlockNames", "Config", "ExpertNames", "ModelLayout"]
+
+# model_type of config.json -> the function that describes such a checkpoint under a name.
+FAMILIES: dict[str, Callable[[Config, str], ModelLayout]] = {
+    "mixtral": mixtral.layout,
+    "qwen2_moe": qwen2_moe.layout,
+}

@@ -1,0 +1,274 @@
+"""Makes a bundle of a checkpoint. Everything is written beside the final name, manifests last, then renamed."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from wdmoe.export.checkpoint import Checkpoint, open_checkpoint
+from wdmoe.export.device_folder import GOLDEN_NAME, write_device
+from wdmoe.export.families import FAMILIES, Config, ModelLayout
+from wdmoe.export.placement import Placement, placement_of, split_over_devices, split_per_device
+from wdmoe.export.slicing import ExpertFile, ExpertStore, FloatArray, golden_rows
+from wdmoe.export.station import write_station
+from wdmoe.export.weights import Part, all_expert_parts, check_tensors, station_parts
+from wdmoe.runtime.errors import BundleError, CheckpointError
+from wdmoe.runtime.manifest import (
+    FORMAT,
+    MANIFEST_NAME,
+    VERSION,
+    BsManifest,
+    DeviceManifest,
+    Precision,
+    Source,
+    bundle_id,
+    read_manifest,
+    write_manifest,
+)
+
+OnBytes = Callable[[int], None]
+_DEFAULT_PER_DEVICE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ExportConfig:
+    """What the user asks for."""
+
+    out: Path = Path("bundle")
+    experts_per_device: int | None = None  # None: 2, unless `devices` is given
+    devices: int | None = None
+    precision: Literal["auto", "fp32", "fp16"] = "auto"
+    force: bool = False  # replace a bundle that is already there
+
+    def __post_init__(self) -> None:
+        if self.experts_per_device is not None and self.devices is not None:
+            raise ValueError("give either experts per device or the number of devices, not both")
+
+    def split(self, n_experts: int) -> tuple[range, ...]:
+        """Deal out the experts of a block: device -> their numbers."""
+        if self.devices is not None:
+            return split_over_devices(n_experts, self.devices)
+        if self.experts_per_device is not None:
+            return split_per_device(n_experts, self.experts_per_device)
+        return split_per_device(n_experts, min(_DEFAULT_PER_DEVICE, n_experts))
+
+
+@dataclass(frozen=True, slots=True)
+class ExportPlan:
+    """An export that can be carried out: the checkpoint was checked, nothing is written yet."""
+
+    checkpoint: Checkpoint
+    layout: ModelLayout
+    precision: Precision
+    groups: tuple[range, ...]  # device -> numbers of its experts
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the checkpoint that will be read."""
+        parts = (*station_parts(self.layout), *all_expert_parts(self.layout))
+        return sum(self.checkpoint.span(name).size_bytes for part in parts for name, _ in part.sources)
+
+    @property
+    def placement(self) -> Placement:
+        """Devices of each expert."""
+        return placement_of(self.groups, self.layout.spec.n_blocks)
+
+    @property
+    def source(self) -> Source:
+        """What the manifests say the bundle was made of."""
+        return Source(self.checkpoint.source_sha256, f"wdmoe {version('wdmoe')}")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """What an export made."""
+
+    out: Path
+    bundle_id: str
+    already_there: bool
+
+
+def plan_export(folder: Path, name: str, config: ExportConfig) -> ExportPlan:
+    """Open and check a checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        name: what the model shall be called.
+        config: precision and placement.
+
+    Raises:
+        CheckpointError: it is incomplete, unsafe, or of a kind that cannot be exported.
+        ValueError: the placement does not fit the number of experts.
+    """
+    checkpoint = open_checkpoint(folder)
+    layout = layout_of(checkpoint, name)
+    check_tensors(checkpoint, layout)
+    precision: Precision
+    if config.precision == "auto":
+        dtypes = {checkpoint.span(name).dtype for part in all_expert_parts(layout) for name, _ in part.sources}
+        precision = "fp32" if dtypes <= {"F32", "F64"} else "fp16"
+    else:
+        precision = config.precision
+    return ExportPlan(checkpoint, layout, precision, config.split(layout.spec.n_experts))
+
+
+def layout_of(checkpoint: Checkpoint, name: str) -> ModelLayout:
+    """Describe the model of a checkpoint.
+
+    Raises:
+        CheckpointError: its family is unknown, or it differs in a way that cannot be exported.
+    """
+    check_family(checkpoint.config, str(checkpoint.folder / "config.json"))
+    generation = checkpoint.json("generation_config.json") or {}
+    return FAMILIES[checkpoint.model_type](Config(checkpoint.config, generation), name)
+
+
+def check_family(config: dict[str, object], where: str) -> None:
+    """Refuse a config of a family that is not known."""
+    if config.get("model_type") not in FAMILIES:
+        raise CheckpointError(
+            f"{where}: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+
+
+def export_bundle(plan: ExportPlan, config: ExportConfig, on_bytes: OnBytes = lambda _: None) -> ExportResult:
+    """Write the bundle.
+
+    Args:
+        plan: of `plan_export`.
+        config: the same as for the plan.
+        on_bytes: called with the number of bytes of the checkpoint dealt with since the last call.
+
+    Raises:
+        BundleError: something else is at the place of the bundle, or there is no room for it.
+        CheckpointError: a weight does not fit the precision.
+    """
+    out = config.out
+    if _is_taken(out) and not config.force:
+        present = read_manifest(out / "bs", BsManifest)
+        if (difference := _difference(out, present, plan)) is None:
+            return ExportResult(out, present.bundle_id, already_there=True)
+        raise BundleError(
+            f"{out}: already holds a bundle with {difference}; choose another --out, or --force replaces it"
+        )
+
+    partial = out.with_name(out.name + ".partial")
+    _check_room(partial, plan)
+    with ExpertStore(partial / "experts", plan.checkpoint, plan.precision) as store:
+        for stale in partial.iterdir():
+            if stale.name != "experts":
+                shutil.rmtree(stale)
+        made = _write(partial, store, plan, on_bytes)
+        _replace(out, partial)
+    return ExportResult(out, made, already_there=False)
+
+
+def _write(partial: Path, store: ExpertStore, plan: ExportPlan, on_bytes: OnBytes) -> str:
+    spec = plan.layout.spec
+    experts: list[list[ExpertFile]] = []
+    golden: list[FloatArray] = []
+    for block in range(spec.n_blocks):
+        rows = golden_rows(plan.checkpoint, plan.layout.block(block).post_norm, spec.d_model, block)
+        golden.append(rows)
+        experts.append([
+            store.put(block, number, plan.layout.expert(block, number), rows, spec.d_ff, on_bytes)
+            for number in range(spec.n_experts)
+        ])  # fmt: skip
+    hashes = tuple(tuple(expert.entry.sha256 for expert in row) for row in experts)
+
+    bs_folder = partial / "bs"
+    bs_folder.mkdir()
+    station = write_station(bs_folder, plan.checkpoint, plan.layout, on_bytes)
+    name = bundle_id(spec, plan.precision, hashes, station.model_hashes)
+
+    manifests: list[tuple[Path, BsManifest | DeviceManifest]] = []
+    for device, numbers in enumerate(plan.groups):
+        folder = partial / f"device-{device}"
+        folder.mkdir()
+        written = write_device(
+            folder, partial / "experts", device, numbers, experts, golden, spec, plan.precision, name
+        )
+        manifests.append((folder, DeviceManifest(
+            format=FORMAT, version=VERSION, bundle_id=name, model=spec, source=plan.source, precision=plan.precision,
+            device=device, experts=written.experts, golden=GOLDEN_NAME, files=written.files,
+        )))  # fmt: skip
+    manifests.append((bs_folder, BsManifest(
+        format=FORMAT, version=VERSION, bundle_id=name, model=spec, source=plan.source, precision=plan.precision,
+        experts=hashes, placement=plan.placement, stages=tuple(station.stages), head=station.head,
+        tokenizer=station.tokenizer, chat_template=station.chat_template, files=station.files,
+        shared=tuple(station.shared),
+    )))  # fmt: skip
+    store.seal(frozenset(expert.name for row in experts for expert in row))
+    for folder, manifest in manifests:
+        write_manifest(folder, manifest)
+    return name
+
+
+def _is_taken(out: Path) -> bool:
+    """Whether a bundle is at the place of the new one.
+
+    Raises:
+        BundleError: something that is not a bundle is there, which no option may replace.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    if not (out / "bs" / MANIFEST_NAME).is_file():
+        raise BundleError(f"{out}: already there and not a bundle; choose another --out or remove it")
+    return True
+
+
+def _difference(out: Path, present: BsManifest, plan: ExportPlan) -> str | None:
+    """Say in what a bundle differs from the one planned; None if it is the same and complete."""
+    planned = {
+        "model": plan.layout.spec,
+        "source": plan.source,
+        "precision": plan.precision,
+        "placement": plan.placement,
+    }
+    for field, value in planned.items():
+        if getattr(present, field) != value:
+            return f"another {field}"
+    for device in range(len(plan.groups)):
+        folder = out / f"device-{device}"
+        manifest = read_manifest(folder, DeviceManifest)
+        sizes = {folder / name: entry.size_bytes for name, entry in manifest.files.items()}
+        sizes |= {out / "bs" / name: entry.size_bytes for name, entry in present.files.items()}
+        for path, size_bytes in sizes.items():
+            if not path.is_file() or path.stat().st_size != size_bytes:
+                return f"a damaged file {path.name}"
+    return None
+
+
+def _check_room(partial: Path, plan: ExportPlan) -> None:
+    """Refuse to begin what cannot be finished."""
+
+    def elements(parts: Iterable[Part]) -> int:
+        return sum(math.prod(part.shape) for part in parts)
+
+    itemsize = 4 if plan.precision == "fp32" else 2
+    needed = elements(all_expert_parts(plan.layout)) * itemsize + elements(station_parts(plan.layout)) * 4
+    kept = sum(path.stat().st_size for path in (partial / "experts").glob("*") if path.is_file())
+    parent = partial.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    if needed - kept > free:
+        raise BundleError(
+            f"{parent}: {free / 1e9:.1f} GB free, the bundle needs {(needed - kept) / 1e9:.1f} GB; choose another --out"
+        )
+
+
+def _replace(out: Path, partial: Path) -> None:
+    """Put the finished folder in its place; what was there is moved away first and deleted last."""
+    old = out.with_name(out.name + ".old")
+    if out.exists() and any(out.iterdir()):
+        if old.exists():
+            shutil.rmtree(old)
+        out.rename(old)
+    partial.rename(out)
+    if old.exists():
+        shutil.rmtree(old)

@@ -1,0 +1,202 @@
+"""The ONNX graphs of a bundle, node by node. Inputs, outputs and shapes: docs/bundle-format.md.
+
+Weights are never inside: an initializer is a byte range of a safetensors file in the graph's own folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from wdmoe.export.families import ModelLayout
+from wdmoe.export.weights import Weight
+
+STATION_OPSET = 23
+EXPERT_OPSET = 17  # parsed by every TensorRT that runs on a Jetson
+_IR_VERSIONS = {STATION_OPSET: 10, EXPERT_OPSET: 8}  # old enough for onnxruntime 1.23
+_ONNX_TYPES = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16}
+
+Dims = Sequence[int | str]
+
+
+class _Graph:
+    """A graph under construction. `add` returns the name of the node's first output."""
+
+    def __init__(self, name: str, opset: int, weights: Mapping[str, Weight]) -> None:
+        self._name, self._opset, self._weights = name, opset, weights
+        self._nodes: list[Any] = []
+        self._initializers: dict[str, Any] = {}
+        self._inputs: list[Any] = []
+        self._outputs: list[Any] = []
+
+    def input(self, name: str, shape: Dims, onnx_type: int = TensorProto.FLOAT) -> str:
+        """Declare an input."""
+        self._inputs.append(helper.make_tensor_value_info(name, onnx_type, shape))
+        return name
+
+    def output(self, name: str, shape: Dims, onnx_type: int = TensorProto.FLOAT) -> None:
+        """Declare an output, the result of the node that has this name."""
+        self._outputs.append(helper.make_tensor_value_info(name, onnx_type, shape))
+
+    def add(self, operator: str, inputs: Sequence[str], *outputs: str, **attributes: Any) -> str:
+        """Append a node."""
+        self._nodes.append(helper.make_node(operator, list(inputs), list(outputs), **attributes))
+        return outputs[0]
+
+    def weight(self, name: str) -> str:
+        """Use a weight; float16 is cast to float32 first, as every graph computes in float32."""
+        weight = self._weights[name]
+        if name not in self._initializers:
+            self._initializers[name] = _external(name, weight)
+            if weight.span.dtype == "F16":
+                self.add("Cast", [name], f"{name}_f32", to=TensorProto.FLOAT)
+        return f"{name}_f32" if weight.span.dtype == "F16" else name
+
+    def integers(self, name: str, values: Sequence[int]) -> str:
+        """Use a small constant."""
+        self._initializers[name] = helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
+        return name
+
+    def linear(self, rows: str, weight: str, output: str, bias: str | None = None) -> str:
+        """Multiply rows by a weight [out, in], and add a bias."""
+        inputs = [rows, self.weight(weight)] + ([self.weight(bias)] if bias is not None else [])
+        return self.add("Gemm", inputs, output, transB=1)
+
+    def rms_norm(self, rows: str, weight: str, output: str, epsilon: float) -> str:
+        """Scale rows to unit mean square, then by the norm's weight."""
+        inputs = [rows, self.weight(weight)]
+        return self.add("RMSNormalization", inputs, output, axis=-1, epsilon=epsilon, stash_type=TensorProto.FLOAT)
+
+    def feed_forward(self, rows: str, output: str) -> str:
+        """Run one expert: down_proj (silu(gate_proj rows) * up_proj rows)."""
+        gate = self.linear(rows, "gate_proj", "gate")
+        up = self.linear(rows, "up_proj", "up")
+        swish = self.add("Mul", [gate, self.add("Sigmoid", [gate], "gate_sigmoid")], "gate_silu")
+        return self.linear(self.add("Mul", [swish, up], "inner"), "down_proj", output)
+
+    def build(self) -> onnx.ModelProto:
+        """Finish the model."""
+        graph = helper.make_graph(
+            self._nodes, self._name, self._inputs, self._outputs, list(self._initializers.values())
+        )
+        opset = helper.make_opsetid("", self._opset)
+        return helper.make_model(
+            graph, opset_imports=[opset], ir_version=_IR_VERSIONS[self._opset], producer_name="wdmoe"
+        )
+
+
+def stage_graph(layout: ModelLayout, block: int, weights: Mapping[str, Weight]) -> onnx.ModelProto:
+    """Build stage l: the sum of block l-1, then attention and router of block l; the last one ends in the final norm.
+
+    Args:
+        layout: the model.
+        block: l.
+        weights: of this stage, and `embedding` for the first.
+    """
+    spec = layout.spec
+    d_model = spec.d_model
+    graph = _Graph(f"stage_{block:02d}", STATION_OPSET, weights)
+    if block == 0:
+        tokens = graph.input("token_ids", ["N"], TensorProto.INT64)
+        residual = graph.add("Gather", [graph.weight("embedding"), tokens], "embedded", axis=0)
+    else:
+        inputs = [graph.input("residual", ["N", d_model]), graph.input("moe_out", ["N", d_model])]
+        residual = graph.add("Add", inputs, "summed")
+    if block == spec.n_blocks:
+        graph.rms_norm(residual, "final_norm", "hidden", layout.norm_eps)
+        graph.output("hidden", ["N", d_model])
+        return graph.build()
+
+    attended = _attention(graph, layout, residual, has_bias="bqkv" in weights)
+    graph.add("Add", [residual, graph.linear(attended, "wo", "projected")], "residual_out")
+    hidden = graph.rms_norm("residual_out", "post_norm", "hidden", layout.norm_eps)
+    graph.linear(hidden, "router", "router_logits")
+    graph.output("residual_out", ["N", d_model])
+    graph.output("hidden", ["N", d_model])
+    graph.output("router_logits", ["N", spec.n_experts])
+    graph.output("new_key", ["N", spec.kv_dim])
+    graph.output("new_value", ["N", spec.kv_dim])
+    return graph.build()
+
+
+def shared_graph(layout: ModelLayout, block: int, weights: Mapping[str, Weight]) -> onnx.ModelProto:
+    """Build the shared expert of a block, scaled by its sigmoid gate where it has one."""
+    d_model = layout.spec.d_model
+    graph = _Graph(f"shared_{block:02d}", STATION_OPSET, weights)
+    hidden = graph.input("hidden", ["N", d_model])
+    if "shared_gate" in weights:
+        ungated = graph.feed_forward(hidden, "ungated")
+        scale = graph.add("Sigmoid", [graph.linear(hidden, "shared_gate", "scale_logit")], "scale")
+        graph.add("Mul", [ungated, scale], "shared_out")
+    else:
+        graph.feed_forward(hidden, "shared_out")
+    graph.output("shared_out", ["N", d_model])
+    return graph.build()
+
+
+def head_graph(layout: ModelLayout, weights: Mapping[str, Weight]) -> onnx.ModelProto:
+    """Build the head: logits, and what scoring and greedy decoding need of them."""
+    spec = layout.spec
+    graph = _Graph("head", STATION_OPSET, weights)
+    hidden = graph.input("hidden", ["M", spec.d_model])
+    logits = graph.linear(hidden, "embedding" if layout.tied_head else "head", "logits")
+    graph.add("ReduceLogSumExp", [logits, graph.integers("vocabulary_axis", [1])], "logsumexp", keepdims=0)
+    graph.add("ArgMax", [logits], "argmax", axis=1, keepdims=0)
+    graph.output("logits", ["M", spec.vocab_size])
+    graph.output("logsumexp", ["M"])
+    graph.output("argmax", ["M"], TensorProto.INT64)
+    return graph.build()
+
+
+def expert_graph(d_model: int, weights: Mapping[str, Weight]) -> onnx.ModelProto:
+    """Build the graph of one routed expert."""
+    graph = _Graph("expert", EXPERT_OPSET, weights)
+    graph.feed_forward(graph.input("rows", ["n", d_model]), "out")
+    graph.output("out", ["n", d_model])
+    return graph.build()
+
+
+def _attention(graph: _Graph, layout: ModelLayout, residual: str, has_bias: bool) -> str:
+    """Append attention over cached and new tokens; its result is [N, n_heads x head_dim], before the projection."""
+    spec = layout.spec
+    half = spec.head_dim // 2
+    cos, sin = graph.input("cos", ["N", half]), graph.input("sin", ["N", half])
+    past_key, past_value = graph.input("past_key", ["P", spec.kv_dim]), graph.input("past_value", ["P", spec.kv_dim])
+    mask = graph.input("mask", ["N", "P+N"])
+
+    # The operators want a batch axis; there is one row of tokens, whatever sequences they belong to.
+    axis = graph.integers("batch_axis", [0])
+
+    def batched(name: str) -> str:
+        return graph.add("Unsqueeze", [name, axis], f"{name}_batched")
+
+    normed = graph.rms_norm(residual, "input_norm", "normed", layout.norm_eps)
+    qkv = graph.linear(normed, "wqkv", "qkv", "bqkv" if has_bias else None)
+    sizes = graph.integers("qkv_sizes", [spec.n_heads * spec.head_dim, spec.kv_dim, spec.kv_dim])
+    graph.add("Split", [qkv, sizes], "query", "key", "new_value", axis=1)
+    angles = [batched(cos), batched(sin)]
+    query = graph.add("RotaryEmbedding", [batched("query"), *angles], "rotated_query", num_heads=spec.n_heads)
+    key = graph.add("RotaryEmbedding", [batched("key"), *angles], "rotated_key", num_heads=spec.n_kv_heads)
+    graph.add("Squeeze", [key, axis], "new_key")
+    keys = graph.add("Concat", [past_key, "new_key"], "keys", axis=0)
+    values = graph.add("Concat", [past_value, "new_value"], "values", axis=0)
+    attended = graph.add(
+        "Attention",
+        [query, batched(keys), batched(values), mask],
+        "attended_batched",
+        q_num_heads=spec.n_heads,
+        kv_num_heads=spec.n_kv_heads,
+    )
+    return graph.add("Squeeze", [attended, axis], "attended")
+
+
+def _external(name: str, weight: Weight) -> TensorProto:
+    tensor = TensorProto(name=name, data_type=_ONNX_TYPES[weight.span.dtype], dims=weight.span.shape)
+    tensor.data_location = TensorProto.EXTERNAL
+    place = {"location": weight.file, "offset": weight.span.offset_bytes, "length": weight.span.size_bytes}
+    for key, value in place.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor

@@ -1,0 +1,106 @@
+"""Writes the folder of the base station: stages, shared experts, head, tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wdmoe.export.checkpoint import Checkpoint
+from wdmoe.export.families import ModelLayout
+from wdmoe.export.weights import (
+    Part,
+    Weight,
+    embedding_parts,
+    head_parts,
+    shared_parts,
+    stage_parts,
+    write_station_weights,
+)
+from wdmoe.runtime.manifest import FileEntry, sha256_of
+
+if TYPE_CHECKING:
+    import onnx
+
+TOKENIZER_NAME = "tokenizer.json"
+CHAT_TEMPLATE_NAME = "chat_template.jinja"
+
+
+@dataclass(slots=True)
+class StationFolder:
+    """What was written, for the manifest."""
+
+    stages: list[str] = field(default_factory=list)
+    shared: list[str] = field(default_factory=list)
+    head: str = "head.onnx"
+    tokenizer: str | None = None
+    chat_template: str | None = None
+    files: dict[str, FileEntry] = field(default_factory=dict)
+
+    @property
+    def model_hashes(self) -> dict[str, str]:
+        """Hashes of graphs and weights, which name the bundle."""
+        texts = (self.tokenizer, self.chat_template)
+        return {name: entry.sha256 for name, entry in self.files.items() if name not in texts}
+
+
+def write_station(
+    folder: Path, checkpoint: Checkpoint, layout: ModelLayout, on_bytes: Callable[[int], None]
+) -> StationFolder:
+    """Write everything but the manifest into an empty folder."""
+    from wdmoe.export.graphs import head_graph, shared_graph, stage_graph
+
+    written = StationFolder()
+
+    def weights(name: str, parts: tuple[Part, ...]) -> dict[str, Weight]:
+        found, written.files[name] = write_station_weights(folder / name, checkpoint, parts, on_bytes)
+        return found
+
+    embedding = weights("embedding.safetensors", embedding_parts(layout))
+    for block in range(layout.spec.n_blocks + 1):
+        used = weights(f"stage_{block:02d}.safetensors", stage_parts(layout, block))
+        graph = stage_graph(layout, block, used | embedding if block == 0 else used)
+        written.stages.append(f"stage_{block:02d}.onnx")
+        written.files[written.stages[-1]] = write_graph(folder / written.stages[-1], graph)
+    if layout.spec.shared_expert:
+        for block in range(layout.spec.n_blocks):
+            graph = shared_graph(layout, block, weights(f"shared_{block:02d}.safetensors", shared_parts(layout, block)))
+            written.shared.append(f"shared_{block:02d}.onnx")
+            written.files[written.shared[-1]] = write_graph(folder / written.shared[-1], graph)
+    head = embedding if layout.tied_head else weights("head.safetensors", head_parts(layout))
+    written.files[written.head] = write_graph(folder / written.head, head_graph(layout, head))
+    _write_texts(folder, checkpoint, written)
+    return written
+
+
+def write_graph(path: Path, graph: onnx.ModelProto) -> FileEntry:
+    """Write a graph; its bytes depend on nothing but its content."""
+    data = graph.SerializeToString(deterministic=True)
+    path.write_bytes(data)
+    return FileEntry(hashlib.sha256(data).hexdigest(), len(data))
+
+
+def chat_template_of(checkpoint: Checkpoint) -> str | None:
+    """Find the chat template: a file of its own, or a field of tokenizer_config.json."""
+    path = checkpoint.folder / CHAT_TEMPLATE_NAME
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = (checkpoint.json("tokenizer_config.json") or {}).get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
+
+
+def _write_texts(folder: Path, checkpoint: Checkpoint, written: StationFolder) -> None:
+    if (checkpoint.folder / TOKENIZER_NAME).is_file():
+        written.tokenizer = TOKENIZER_NAME
+        shutil.copyfile(checkpoint.folder / TOKENIZER_NAME, folder / TOKENIZER_NAME)
+    if (template := chat_template_of(checkpoint)) is not None:
+        written.chat_template = CHAT_TEMPLATE_NAME
+        (folder / CHAT_TEMPLATE_NAME).write_text(template, encoding="utf-8")
+    for name in (written.tokenizer, written.chat_template):
+        if name is not None:
+            written.files[name] = FileEntry(sha256_of(folder / name), (folder / name).stat().st_size)
