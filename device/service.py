@@ -34,7 +34,7 @@ from wdmoe.runtime.messages import (
 
 Job = Callable[[], Message]
 HELLO_EVERY_S = 0.5
-SILENT_HEARTBEATS = 5  # after which the base station counts as gone
+SILENT_HEARTBEATS = 10  # after which the base station counts as gone
 
 
 def run_request(message: Message, engine: ExpertEngine, clock: Clock, arrived_s: float) -> Message:
