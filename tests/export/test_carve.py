@@ -47,7 +47,8 @@ def run_carved(tensors: dict[str, FloatArray], rows: FloatArray, shape: CarveSha
 
     def ffn(name: str, row: FloatArray) -> FloatArray:
         parts = (tensors[f"{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
-        return run_dense(FfnWeights(*parts), row[None])[0]
+        result: FloatArray = run_dense(FfnWeights(*parts), row[None])[0]
+        return result
 
     out = np.zeros_like(rows)
     for index, row in enumerate(rows):
