@@ -49,6 +49,7 @@ def test_a_reply_is_the_weighted_sum_over_the_devices_experts(service: DeviceSer
     engine, rows = service.engine, message.rows
     two, three = (engine.run(1, expert, rows) for expert in (2, 3))
     expected = np.stack([0.5 * two[0], 2.0 * three[1], 0.25 * two[2] + 0.75 * three[2]])
+    assert reply.rows is not None
     np.testing.assert_allclose(reply.rows, expected, rtol=1e-5, atol=1e-6)
 
 

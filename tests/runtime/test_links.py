@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 
@@ -14,7 +14,7 @@ from wdmoe.runtime.links import BS, Link, MemoryLink, Parcel, Peer, dial, listen
 from wdmoe.runtime.messages import Frame
 
 Handler = Callable[[Sequence[Frame]], Iterable[Sequence[Frame]]]
-OpenLink = Callable[[Handler], "contextmanager[tuple[Link, Peer]]"]
+OpenLink = Callable[[Handler], AbstractContextManager[tuple[Link, Peer]]]
 
 
 @contextmanager
@@ -68,7 +68,7 @@ members = pytest.mark.parametrize("open_link", [memory, sockets])
 
 
 @members
-def test_what_is_sent_comes_back_from_an_echo(open_link: Callable[[Handler], contextmanager]) -> None:  # type: ignore[type-arg]
+def test_what_is_sent_comes_back_from_an_echo(open_link: OpenLink) -> None:
     with open_link(lambda frames: [[bytes(frame) for frame in frames]]) as (link, peer):
         arrived = link.exchange([Parcel(peer, [b"head", b"x" * 200_000])], 5.0) or receive(link, 1)
         assert [bytes(frame) for frame in arrived[0].frames] == [b"head", b"x" * 200_000]
@@ -76,7 +76,7 @@ def test_what_is_sent_comes_back_from_an_echo(open_link: Callable[[Handler], con
 
 
 @members
-def test_order_is_kept_with_one_peer(open_link: Callable[[Handler], contextmanager]) -> None:  # type: ignore[type-arg]
+def test_order_is_kept_with_one_peer(open_link: OpenLink) -> None:
     with open_link(lambda frames: [[bytes(frames[0])]]) as (link, peer):
         first = link.exchange([Parcel(peer, [str(i).encode()]) for i in range(50)], 0.5)
         arrived = first + (receive(link, 50 - len(first)) if len(first) < 50 else [])
@@ -84,13 +84,13 @@ def test_order_is_kept_with_one_peer(open_link: Callable[[Handler], contextmanag
 
 
 @members
-def test_a_parcel_to_a_peer_that_is_gone_is_dropped(open_link: Callable[[Handler], contextmanager]) -> None:  # type: ignore[type-arg]
+def test_a_parcel_to_a_peer_that_is_gone_is_dropped(open_link: OpenLink) -> None:
     with open_link(lambda frames: []) as (link, _):
         assert link.exchange([Parcel(b"nobody", [b"x"])], 0.01) == []
 
 
 @members
-def test_wake_ends_a_wait(open_link: Callable[[Handler], contextmanager]) -> None:  # type: ignore[type-arg]
+def test_wake_ends_a_wait(open_link: OpenLink) -> None:
     with open_link(lambda frames: []) as (link, _):
         link.wake()
         assert link.exchange([], 60.0) == []  # a minute would run into the test's own time limit

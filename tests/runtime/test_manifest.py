@@ -20,11 +20,13 @@ def copy(bundle: Path, tmp_path: Path) -> Path:
 
 
 def test_a_manifest_survives_read_and_write(copy: Path) -> None:
-    for name, kind in (("bs", BsManifest), ("device-0", DeviceManifest)):
-        manifest = read_manifest(copy / name, kind)
-        write_manifest(copy / name, manifest)
-        assert read_manifest(copy / name, kind) == manifest
-        verify_files(copy / name, manifest)
+    bs, device = read_manifest(copy / "bs", BsManifest), read_manifest(copy / "device-0", DeviceManifest)
+    write_manifest(copy / "bs", bs)
+    write_manifest(copy / "device-0", device)
+    assert read_manifest(copy / "bs", BsManifest) == bs
+    assert read_manifest(copy / "device-0", DeviceManifest) == device
+    verify_files(copy / "bs", bs)
+    verify_files(copy / "device-0", device)
 
 
 def test_both_sides_agree_on_the_model(copy: Path) -> None:

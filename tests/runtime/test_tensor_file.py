@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.tensor_file import map_tensor, map_tensors, read_spans, write_tensors
 
-TENSORS = {
+TENSORS: dict[str, npt.NDArray[Any]] = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
     "half": np.arange(5, dtype=np.float16),
     "ids": np.array([[1], [2]], np.int64),
