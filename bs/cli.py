@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,6 +148,9 @@ def _parse_policies(texts: tuple[str, ...]) -> list[Policy]:
 @contextmanager
 def _reported_errors() -> Iterator[None]:
     """Turn what a user can mend into a message and exit code 1 (2 for bad options), and Ctrl-C into 130."""
+    if threading.current_thread() is threading.main_thread():
+        # So that devices are told, and look for the next base station at once.
+        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     try:
         yield
     except ValueError as error:

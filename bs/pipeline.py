@@ -45,7 +45,7 @@ class Dispatched:
     record: BlockRecord
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Flight:
     """One microbatch on its way."""
 
@@ -64,7 +64,7 @@ class Flight:
     stage_done_s: float = 0.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Pending:
     """A request that is out."""
 
@@ -198,8 +198,11 @@ class Pipeline:
     # -- what runs on the worker -----------------------------------------------------------------------------------
 
     def _submit_step(self, flight: Flight, combined: Callable[[], Floats] | None, policy: Policy) -> None:
-        latencies = [self._hub.devices[name].latency.model() for name in self._names if name in self._hub.devices]
         block, residual = flight.block, flight.residual
+        for name in self._names:
+            if name not in self._hub.devices:
+                raise DeviceFailed(name, f"is gone, and block {block} of {flight.microbatch.name} may need its experts")
+        latencies = [self._hub.devices[name].latency.model() for name in self._names]
         self._worker.submit(lambda: (flight, self._step(flight, block, residual, combined, latencies, policy)))
 
     def _step(
@@ -250,8 +253,7 @@ class Pipeline:
         device = self._hub.devices.get(name)
         if device is None:
             raise DeviceFailed(name, f"left while block {flight.block} of {flight.microbatch.name} needs it")
-        model = device.latency.model()
-        predicted_ms = model.request_ms(shipment.counts)
+        predicted_ms = device.latency.model().request_ms(shipment.counts)
         queued_ms = sum(p.predicted_ms for p in self._pending.values() if p.shipment.device == shipment.device)
         late_s = LATE_TIMES_P95 * device.latency.profile.tail_ratio * (predicted_ms + queued_ms) / 1e3
         allowed_s = max(LATE_AT_LEAST_S, late_s)

@@ -218,7 +218,7 @@ def test_a_device_that_left_is_missed_at_the_next_block(bundle: Path) -> None:
     with open_system(bundle) as system:
         system.link.deliver(b"device-1", encode(Message(Goodbye("moved away"))))
         system.hub.turn(0.0)
-        with pytest.raises(DeviceFailed, match="device-1"):
+        with pytest.raises(DeviceFailed, match="device-1: is gone"):
             run_sequence(system, PROMPT)
         with pytest.raises(DevicesMissing, match="no device-1"):
             system.hub.wait_for_devices(1.0)
