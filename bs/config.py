@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from ipaddress import ip_address
+from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from wdmoe.runtime.keys import default_keys_dir
+from wdmoe.runtime.links import is_loopback
 from wdmoe.runtime.messages import Wire
 
 
@@ -17,33 +17,26 @@ class StationConfig:
 
     bundle: Path = Path("bundle/bs")
     listen: str = "tcp://127.0.0.1:5555"
-    insecure: bool = False
+    insecure: bool = False  # do not encrypt although the address can be reached from the network
+    encrypt: bool = False  # encrypt although it cannot
+    keys: Path = field(default_factory=default_keys_dir)
     wire: Wire = "fp16"
     threads: int = os.cpu_count() or 1
     in_flight: int = 2
     wait_s: float = 60.0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant, and what would send hidden states over a network in the clear."""
+        """Refuse what cannot be meant."""
         if not self.listen.startswith(("tcp://", "ipc://")):
             raise ValueError(f"--listen is {self.listen!r}, expected tcp://ADDRESS:PORT")
-        if not (is_loopback(self.listen) or self.insecure):
-            raise ValueError(
-                f"--listen {self.listen} is reachable from the network and this version does not encrypt yet: "
-                "token rows would travel in the clear and anybody could answer; add --insecure if that is acceptable"
-            )
+        if self.insecure and self.encrypt:
+            raise ValueError("--insecure and --encrypt contradict each other")
         if self.threads < 1 or self.in_flight < 1:
             raise ValueError(f"--threads and --in-flight are {self.threads} and {self.in_flight}, expected at least 1")
         if not self.wait_s > 0:
             raise ValueError(f"--wait is {self.wait_s}, expected more than 0 seconds")
 
-
-def is_loopback(address: str) -> bool:
-    """Say whether an address can only be reached from this machine."""
-    if address.startswith("ipc://"):
-        return True
-    host = urlsplit(address).hostname or ""
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
+    @property
+    def encrypted(self) -> bool:
+        """Whether the link is encrypted: always, but on this machine alone or at the user's word."""
+        return self.encrypt or not (self.insecure or is_loopback(self.listen))

@@ -11,7 +11,6 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from typing import Any
 
-from wdmoe.bs.config import is_loopback
 from wdmoe.bs.evaluation import Evaluation, LoadedTask, PairedDifference, evaluate, paired_difference
 from wdmoe.bs.hub import Hub
 from wdmoe.bs.policies import Policy
@@ -20,6 +19,7 @@ from wdmoe.bs.records import Summary, summarise
 from wdmoe.bs.scoring import DistributedScorer
 from wdmoe.bs.station import Station
 from wdmoe.runtime.errors import BundleError
+from wdmoe.runtime.links import is_loopback
 from wdmoe.runtime.messages import MAX_ROWS
 
 _WARM_UP = Question("warm-up", (Choice(tuple(range(1, 25)), (25, 26)),))
@@ -101,7 +101,7 @@ def describe_run(station: Station, runs: Sequence[PolicyRun], command: str) -> d
             "address": config.listen,
             "kind": "loopback" if is_loopback(config.listen) else "network",
             "wire": config.wire,
-            "encrypted": False,
+            "encrypted": config.encrypted,
         },
         "in_flight": config.in_flight,
         "threads": config.threads,

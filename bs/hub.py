@@ -10,12 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from wdmoe.bs.latency import LatencyTracker
+from wdmoe.bs.roster import Roster
 from wdmoe.runtime.clock import Clock
 from wdmoe.runtime.errors import DevicesMissing, ProtocolError
 from wdmoe.runtime.links import Link, Parcel, Peer
 from wdmoe.runtime.manifest import BsManifest
 from wdmoe.runtime.messages import (
     PROTOCOL_VERSION,
+    Enrol,
+    Enrolled,
     ErrorReport,
     ExpertReply,
     Goodbye,
@@ -37,6 +40,7 @@ class Device:
 
     name: str
     peer: Peer
+    key: str | None  # its public key where the link is encrypted
     session: str
     experts: frozenset[tuple[int, int]]  # (block, expert)
     latency: LatencyTracker
@@ -82,14 +86,24 @@ Event = Replied | Complained | Joined | Left
 class Hub:
     """The connected devices, and the one loop turn that keeps them."""
 
-    def __init__(self, link: Link, manifest: BsManifest, clock: Clock) -> None:
+    def __init__(self, link: Link, manifest: BsManifest, clock: Clock, roster: Roster | None = None) -> None:
+        """Take over a link.
+
+        Args:
+            link: open, with devices dialling it.
+            manifest: of the model; devices of another bundle are refused.
+            clock: for heartbeats.
+            roster: who may speak on an encrypted link; None: the link is not encrypted and anybody may.
+        """
         self.devices: dict[str, Device] = {}
         self.refused: Counter[str] = Counter()  # why, how often
         self.clock = clock
         self._link = link
         self._manifest = manifest
+        self._roster = roster
         self._peers: dict[Peer, str] = {}
         self._outbox: list[Parcel] = []
+        self._left: list[Event] = []  # since the last turn, by our own decision
         self._next_ping_s = clock.now_s()
         self._nonce = 0
 
@@ -105,7 +119,8 @@ class Hub:
             self._ping_all(now_s)
         outgoing, self._outbox = self._outbox, []
         arrived = self._link.exchange(outgoing, min(timeout_s, max(0.0, self._next_ping_s - now_s)))
-        return [event for parcel in arrived if (event := self._take(parcel)) is not None]
+        left, self._left = self._left, []
+        return [*left, *(event for parcel in arrived if (event := self._take(parcel)) is not None)]
 
     def wake(self) -> None:
         """Let a waiting turn return early; may be called from any thread."""
@@ -186,13 +201,29 @@ class Hub:
             self._refuse(parcel.peer, f"malformed message: {error}", final=False)
             return None
         header = message.header
+        if self._roster is not None:
+            if isinstance(header, Enrol):
+                self._on_enrol(parcel, header)
+                return None
+            if (enrolled := self._roster.name_of(parcel.key)) is None:
+                self._refuse(parcel.peer, self._roster.why_not(parcel.key), final=True)
+                return None
+            if isinstance(header, Hello) and header.device != enrolled:
+                text = (
+                    f"this key is enrolled as {enrolled}, the device calls itself {header.device}; start it with --name"
+                )
+                self._refuse(parcel.peer, text, final=True)
+                return None
         if isinstance(header, Hello):
-            return self._on_hello(parcel.peer, header)
+            return self._on_hello(parcel, header)
         name = self._peers.get(parcel.peer)
         if name is None:
             self._refuse(parcel.peer, "not known here, say hello first", final=False)
             return None
         device = self.devices[name]
+        if parcel.key != device.key:
+            self._refuse(parcel.peer, f"not the key of {name}", final=True)
+            return None
         device.last_heard_s = self.clock.now_s()
         match header:
             case ExpertReply():
@@ -210,7 +241,19 @@ class Hub:
                 self._refuse(parcel.peer, f"a base station does not take {type(other).__name__}", final=False)
                 return None
 
-    def _on_hello(self, peer: Peer, hello: Hello) -> Event | None:
+    def _on_enrol(self, parcel: Parcel, enrol: Enrol) -> None:
+        assert self._roster is not None
+        if enrol.protocol != PROTOCOL_VERSION:
+            reason: str | None = f"speaks protocol {enrol.protocol}, the base station {PROTOCOL_VERSION}"
+        else:
+            reason = self._roster.enrol(enrol.device, enrol.secret, parcel.key)
+        if reason is not None:
+            self._refuse(parcel.peer, f"{enrol.device}: {reason}", final=True)
+        else:
+            self._outbox.append(Parcel(parcel.peer, encode(Message(Enrolled(enrol.device)))))
+
+    def _on_hello(self, parcel: Parcel, hello: Hello) -> Event | None:
+        peer = parcel.peer
         if (reason := self._refusal(hello)) is not None:
             self._refuse(peer, f"{hello.device}: {reason}", final=True)
             return None
@@ -225,6 +268,7 @@ class Hub:
         self.devices[hello.device] = Device(
             hello.device,
             peer,
+            parcel.key,
             hello.session,
             frozenset((block, expert) for block, held in enumerate(hello.experts) for expert in held),
             tracker or LatencyTracker(hello.profile),
@@ -260,8 +304,18 @@ class Hub:
 
     def _ping_all(self, now_s: float) -> None:
         self._next_ping_s = now_s + HEARTBEAT_S
+        self._forget_revoked()
         for device in self.devices.values():
             self._ping(device, now_s)
+
+    def _forget_revoked(self) -> None:
+        if self._roster is None:
+            return
+        for device in list(self.devices.values()):
+            if self._roster.name_of(device.key) != device.name:
+                self._refuse(device.peer, self._roster.why_not(device.key), final=True)
+                self._forget(device.name)
+                self._left.append(Left(device.name, "its key was revoked"))
 
     def _ping(self, device: Device, now_s: float) -> None:
         self._nonce += 1

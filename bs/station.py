@@ -10,9 +10,11 @@ from pathlib import Path
 from wdmoe.bs.config import StationConfig
 from wdmoe.bs.hub import Hub
 from wdmoe.bs.pipeline import Outcome, Pipeline
+from wdmoe.bs.roster import BS_KEY_NAME, ROSTER_NAME, FileRoster
 from wdmoe.bs.stages import Stages
 from wdmoe.runtime.clock import RealClock
 from wdmoe.runtime.errors import BundleError
+from wdmoe.runtime.keys import read_key
 from wdmoe.runtime.links import listen
 from wdmoe.runtime.manifest import MANIFEST_NAME, BsManifest, read_manifest, verify_files
 from wdmoe.runtime.messages import MAX_ROWS
@@ -37,9 +39,11 @@ def open_hub(config: StationConfig, say: Say) -> Iterator[tuple[Path, BsManifest
     """Read the bundle and listen for devices; says goodbye to them at the end."""
     folder = bs_folder(config.bundle)
     manifest = read_manifest(folder, BsManifest)
-    link = listen(config.listen, MAX_ROWS * manifest.model.d_model * 4)
-    hub = Hub(link, manifest, RealClock())
-    say(f"{manifest.model.name}: listening on {link.address}")
+    keys = read_key(config.keys / BS_KEY_NAME) if config.encrypted else None
+    roster = FileRoster(config.keys / ROSTER_NAME) if config.encrypted else None
+    link = listen(config.listen, MAX_ROWS * manifest.model.d_model * 4, keys)
+    hub = Hub(link, manifest, RealClock(), roster)
+    say(f"{manifest.model.name}: listening on {link.address}, {'encrypted' if config.encrypted else 'not encrypted'}")
     try:
         yield folder, manifest, hub
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,6 +14,7 @@ _EPILOG = """\b
 Examples:
   wdmoe-device                                              # all devices of ./bundle, BS on this machine
   wdmoe-device --bundle wdmoe/ --bs tcp://10.0.0.1:5555     # one device folder, on a Jetson
+  wdmoe-device --bundle wdmoe/ --bs tcp://10.0.0.1:5555 --enrol wdmoe1.XXXX      # the first time
 """
 
 
@@ -32,8 +34,12 @@ Examples:
     help="What runs the experts; auto takes the best that passes its self-check.",
 )
 @click.option("--threads", type=click.IntRange(min=1), default=_DEFAULTS.threads, help="Threads of the engine.")
+@click.option("--enrol", metavar="TOKEN", help="On the first start: the token of `wdmoe-bs enrol NAME`; spent once.")
+@click.option("--insecure", is_flag=True, help="Do not encrypt although the base station is on the network.")
+@click.option("--encrypt", is_flag=True, help="Encrypt although the base station is on this machine.")
+@click.option("--keys", type=click.Path(path_type=Path), default=_DEFAULTS.keys, help="Folder of this device's keys.")
 @click.version_option(package_name="wdmoe")
-def main(bundle: Path, bs: str, name: str | None, engine: str, threads: int) -> None:
+def main(**options: Any) -> None:
     """Serve the experts of a bundle to a base station.
 
     Verifies the folder, checks the engine against the golden outputs, measures a latency profile, then dials
@@ -43,8 +49,7 @@ def main(bundle: Path, bs: str, name: str | None, engine: str, threads: int) -> 
     from wdmoe.runtime.errors import WdmoeError
 
     try:
-        config = DeviceConfig(bundle=bundle, bs=bs, name=name, engine=engine, threads=threads)
-        code = run(config)
+        code = run(DeviceConfig(**options))
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     except WdmoeError as error:

@@ -13,11 +13,13 @@ from pathlib import Path
 from types import FrameType
 
 from wdmoe.device.config import DeviceConfig
+from wdmoe.device.enrolment import enrol, enrolled_keys, keys_to_enrol
 from wdmoe.device.loading import choose_engine, engine_names, quick_profile, say_to_stderr
 from wdmoe.device.service import DeviceService
 from wdmoe.device.serving import serve
 from wdmoe.runtime.clock import RealClock
 from wdmoe.runtime.errors import BundleError
+from wdmoe.runtime.keys import decode_token
 from wdmoe.runtime.links import dial
 from wdmoe.runtime.manifest import MANIFEST_NAME, DeviceManifest, read_manifest, verify_files
 from wdmoe.runtime.messages import MAX_ROWS, Message
@@ -35,8 +37,9 @@ def run(config: DeviceConfig) -> int:
     folders = device_folders(config.bundle)
     if folders == [config.bundle]:
         return serve_folder(config)
-    if config.name is not None:
-        raise ValueError(f"--name names one device, {config.bundle} holds {len(folders)}; give one device-K folder")
+    if config.name is not None or config.enrol is not None:
+        option = "--name" if config.name is not None else "--enrol"
+        raise ValueError(f"{option} is for one device, {config.bundle} holds {len(folders)}; give one device-K folder")
     return _serve_each(config, folders)
 
 
@@ -73,7 +76,12 @@ def serve_folder(config: DeviceConfig) -> int:
     curve = ", ".join(f"{point.tokens}: {point.p50_ms:.2f}" for point in profile.points)
     say_to_stderr(f"{name}: measured ms per expert call by tokens: {curve}")
     clock = RealClock()
-    link = dial(config.bs, MAX_ROWS * manifest.model.d_model * 4)
+    token = decode_token(config.enrol) if config.enrol is not None else None
+    own = bs_public = None
+    if config.encrypted:
+        known = keys_to_enrol(config.keys, name, token) if token else enrolled_keys(config.keys, name)
+        own, bs_public = known.own, known.bs_public
+    link = dial(config.bs, MAX_ROWS * manifest.model.d_model * 4, own, bs_public)
     worker: ThreadWorker[Message] = ThreadWorker("engine", link.wake)
     service = DeviceService(name, secrets.token_hex(8), manifest, engine, profile, clock)
 
@@ -81,9 +89,11 @@ def serve_folder(config: DeviceConfig) -> int:
         stop.set()
         link.wake()
 
-    signal.signal(signal.SIGINT, stop_serving)
-    signal.signal(signal.SIGTERM, stop_serving)
     try:
+        if token is not None:
+            enrol(link, clock, config.keys, name, token, say_to_stderr, manifest.model.d_model)
+        signal.signal(signal.SIGINT, stop_serving)
+        signal.signal(signal.SIGTERM, stop_serving)
         serve(service, link, worker, stop, say_to_stderr)
     finally:
         worker.close()
@@ -125,4 +135,6 @@ def _serve_each(config: DeviceConfig, folders: list[Path]) -> int:
 def _command(config: DeviceConfig) -> list[str]:
     entry = "from wdmoe.device.cli import main; main()"
     options = ["--bundle", str(config.bundle), "--bs", config.bs, "--engine", config.engine]
-    return [sys.executable, "-c", entry, *options, "--threads", str(config.threads)]
+    options += ["--threads", str(config.threads), "--keys", str(config.keys)]
+    options += ["--insecure"] * config.insecure + ["--encrypt"] * config.encrypt
+    return [sys.executable, "-c", entry, *options]

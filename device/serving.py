@@ -11,6 +11,8 @@ from wdmoe.runtime.links import BS, Link, Parcel
 from wdmoe.runtime.messages import Goodbye, Message, decode, encode
 from wdmoe.runtime.worker import Worker
 
+_HINT_AFTER_S = 15.0
+
 
 def serve(
     service: DeviceService,
@@ -33,7 +35,14 @@ def serve(
     """
     outgoing: list[Message] = []
     was_welcome = False
+    hint_s = service.clock.now_s() + _HINT_AFTER_S
     while not stop.is_set():
+        if not was_welcome and service.clock.now_s() > hint_s:
+            hint_s = float("inf")
+            say(
+                f"{service.name}: no answer from the base station yet; is it running there? "
+                "An encrypted one hears only devices that are enrolled, one that is not hears only --insecure ones"
+            )
         outgoing += service.on_tick()
         arrived = link.exchange([Parcel(BS, encode(message)) for message in outgoing], HELLO_EVERY_S)
         outgoing = []

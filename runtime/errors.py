@@ -35,6 +35,10 @@ class ProtocolError(WdmoeError):
     """A message is malformed, too large, or of another version."""
 
 
+class KeyFileError(WdmoeError):
+    """A key is missing, damaged, or readable by others."""
+
+
 class EngineError(WdmoeError):
     """An engine cannot be had on this machine, or gives wrong numbers."""
 

@@ -12,13 +12,19 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
 
 import zmq
 
 from wdmoe.runtime.clock import VirtualClock
 from wdmoe.runtime.errors import WdmoeError
+from wdmoe.runtime.keys import KeyPair
 from wdmoe.runtime.messages import MAX_HEADER_BYTES, Frame
+
+if TYPE_CHECKING:
+    from zmq.auth.thread import ThreadAuthenticator
 
 Peer = bytes  # how the link tells its peers apart; opaque above it
 BS: Peer = b"bs"  # what a device calls its only peer
@@ -31,6 +37,7 @@ class Parcel:
 
     peer: Peer
     frames: Sequence[Frame]
+    key: str | None = None  # of what arrived: the sender's public key, proven by CURVE; None: not encrypted
 
 
 class Link(Protocol):
@@ -55,7 +62,14 @@ class Link(Protocol):
 class ZmqLink:
     """A link over ZeroMQ; made by `listen` and `dial`."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], sock: zmq.Socket[bytes], routed: bool) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        sock: zmq.Socket[bytes],
+        routed: bool,
+        authenticator: ThreadAuthenticator | None = None,
+    ) -> None:
+        self._authenticator = authenticator
         self._context = context
         self._socket = sock
         self._routed = routed
@@ -93,6 +107,8 @@ class ZmqLink:
     def close(self) -> None:
         """Flush for a moment, then free the sockets."""
         self._socket.close(linger=200)
+        if self._authenticator is not None:
+            self._authenticator.stop()
         self._context.term()
         self._wake_out.close()
         self._wake_in.close()
@@ -115,7 +131,7 @@ class ZmqLink:
             except zmq.Again:
                 break
             if self._routed:
-                arrived.append(Parcel(frames[0].bytes, [frame.buffer for frame in frames[1:]]))
+                arrived.append(Parcel(frames[0].bytes, [frame.buffer for frame in frames[1:]], _user_id(frames[0])))
             else:
                 arrived.append(Parcel(BS, [frame.buffer for frame in frames]))
         return arrived
@@ -128,12 +144,32 @@ class ZmqLink:
             return
 
 
-def listen(address: str, max_frame_bytes: int) -> ZmqLink:
+def is_loopback(address: str) -> bool:
+    """Say whether an address can only be reached from this machine."""
+    if address.startswith("ipc://"):
+        return True
+    try:
+        host = urlsplit(address).hostname or ""
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _user_id(frame: zmq.Frame) -> str | None:
+    try:
+        return frame.get("User-Id") or None  # type: ignore[return-value]
+    except zmq.ZMQError:
+        return None
+
+
+def listen(address: str, max_frame_bytes: int, keys: KeyPair | None = None) -> ZmqLink:
     """Open the base station's side.
 
     Args:
         address: for example "tcp://127.0.0.1:5555"; port 0 lets the system choose.
         max_frame_bytes: a peer that sends a larger frame is cut off before memory is taken.
+        keys: of the base station: everything is encrypted, and each parcel carries its sender's public key, which
+            the caller must judge. None: nothing is encrypted.
 
     Raises:
         WdmoeError: the address cannot be bound.
@@ -143,28 +179,46 @@ def listen(address: str, max_frame_bytes: int) -> ZmqLink:
     sock.setsockopt(zmq.ROUTER_MANDATORY, 1)
     sock.setsockopt(zmq.MAXMSGSIZE, max(max_frame_bytes, MAX_HEADER_BYTES))
     sock.setsockopt(zmq.SNDHWM, 10_000)
+    authenticator: ThreadAuthenticator | None = None
+    if keys is not None:
+        # Only here: it brings asyncio along, which a device never needs.
+        from zmq.auth import CURVE_ALLOW_ANY
+        from zmq.auth.thread import ThreadAuthenticator
+
+        authenticator = ThreadAuthenticator(context)
+        authenticator.start()
+        # Whoever proves a key may speak; what an unknown key may say is decided above the link.
+        authenticator.configure_curve(domain="*", location=CURVE_ALLOW_ANY)
+        sock.curve_secretkey, sock.curve_publickey = keys.secret.encode(), keys.public.encode()
+        sock.curve_server = True
     try:
         sock.bind(address)
     except zmq.ZMQError as error:
         sock.close(linger=0)
+        if authenticator is not None:
+            authenticator.stop()
         context.term()
         raise WdmoeError(
             f"cannot listen on {address}: {error.strerror}; give another --listen, "
             "or stop the wdmoe-bs that is running there"
         ) from error
-    return ZmqLink(context, sock, routed=True)
+    return ZmqLink(context, sock, routed=True, authenticator=authenticator)
 
 
-def dial(address: str, max_frame_bytes: int) -> ZmqLink:
+def dial(address: str, max_frame_bytes: int, keys: KeyPair | None = None, bs_public: str | None = None) -> ZmqLink:
     """Open a device's side; ZeroMQ reconnects by itself, with a growing pause of up to 2 s.
 
     Args:
         address: of the base station.
         max_frame_bytes: as for `listen`.
+        keys: of the device; with them everything is encrypted.
+        bs_public: public key of the base station: nobody else can pass for it.
 
     Raises:
         WdmoeError: the address is not one.
     """
+    if (keys is None) != (bs_public is None):
+        raise ValueError("an encrypted link needs both the device's keys and the base station's public key")
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     sock = context.socket(zmq.DEALER)
     sock.setsockopt(zmq.MAXMSGSIZE, max(max_frame_bytes, MAX_HEADER_BYTES))
@@ -172,6 +226,9 @@ def dial(address: str, max_frame_bytes: int) -> ZmqLink:
     sock.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
     # Nothing queues for a connection that is not there: a hello from an hour ago helps nobody.
     sock.setsockopt(zmq.IMMEDIATE, 1)
+    if keys is not None and bs_public is not None:
+        sock.curve_secretkey, sock.curve_publickey = keys.secret.encode(), keys.public.encode()
+        sock.curve_serverkey = bs_public.encode()
     try:
         sock.connect(address)
     except zmq.ZMQError as error:

@@ -27,7 +27,22 @@ _WIRE_DTYPES: dict[str, npt.DTypeLike] = {"fp32": "<f4", "fp16": "<f2"}
 Rows = npt.NDArray[np.float32]  # [n, d_model]
 Frame = bytes | bytearray | memoryview
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-Name = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+NAME_PATTERN = "^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
+Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]  # shows in tables and names files
+
+
+class Enrol(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="enrol"):
+    """Device to BS, on an encrypted link: take my key under this name; the secret of a token pays for it."""
+
+    protocol: int
+    device: Name
+    secret: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class Enrolled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="enrolled"):
+    """BS to device: the key was taken."""
+
+    device: Name
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="hello"):
@@ -101,7 +116,7 @@ class Goodbye(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="good
     reason: Annotated[str, msgspec.Meta(max_length=4096)]
 
 
-Header = Hello | Welcome | ExpertRequest | ExpertReply | Ping | Pong | ErrorReport | Goodbye
+Header = Enrol | Enrolled | Hello | Welcome | ExpertRequest | ExpertReply | Ping | Pong | ErrorReport | Goodbye
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(Header)
 

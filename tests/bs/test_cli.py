@@ -11,10 +11,11 @@ from click.testing import CliRunner
 from inprocess import make_service
 
 from wdmoe.bs.cli import main
-from wdmoe.bs.config import StationConfig, is_loopback
+from wdmoe.bs.config import StationConfig
 from wdmoe.device.serving import serve
 from wdmoe.runtime.clock import RealClock
-from wdmoe.runtime.links import dial, listen
+from wdmoe.runtime.keys import decode_token, read_key
+from wdmoe.runtime.links import dial, is_loopback, listen
 from wdmoe.runtime.worker import ThreadWorker
 
 
@@ -82,7 +83,7 @@ def test_devices_that_do_not_come_are_named(bundle: Path) -> None:
     [
         (["run", "--dataset", "piqa-sample", "--bundle", "nowhere"], 1, "holds no manifest.json"),
         (["run", "--dataset", "piqa-sample", "--policy", "fastest"], 2, "unknown policy 'fastest'"),
-        (["run", "--dataset", "piqa-sample", "--listen", "tcp://0.0.0.0:5555"], 2, "does not encrypt yet"),
+        (["devices", "--insecure", "--encrypt"], 2, "contradict each other"),
         (["run", "--dataset", "piqa-sample", "--wait", "0"], 2, "--wait is 0.0"),
         (["run", "--dataset", "riddles"], 2, "riddles"),
         (["run"], 2, "Missing option '--dataset'"),
@@ -132,7 +133,27 @@ def test_only_addresses_of_this_machine_count_as_loopback(address: str, expected
     assert is_loopback(address) is expected
 
 
-def test_an_open_address_needs_the_users_word() -> None:
-    assert StationConfig(listen="tcp://0.0.0.0:5555", insecure=True).insecure
-    with pytest.raises(ValueError, match="--insecure"):
-        StationConfig(listen="tcp://0.0.0.0:5555")
+def test_what_the_network_can_reach_is_encrypted_unless_the_user_says_no() -> None:
+    assert StationConfig(listen="tcp://0.0.0.0:5555").encrypted
+    assert not StationConfig(listen="tcp://0.0.0.0:5555", insecure=True).encrypted
+    assert not StationConfig().encrypted
+    assert StationConfig(encrypt=True).encrypted
+
+
+def test_an_encrypted_base_station_needs_its_key(bundle: Path, tmp_path: Path) -> None:
+    arguments = ["devices", "--bundle", str(bundle), "--listen", "tcp://127.0.0.1:0", "--encrypt"]
+    result = CliRunner().invoke(main, [*arguments, "--keys", str(tmp_path)])
+    assert result.exit_code == 1 and "bs.key: no key there" in result.output and "wdmoe-bs keygen" in result.output
+
+
+def test_keys_are_made_tokens_printed_and_names_revoked(tmp_path: Path) -> None:
+    keys = ["--keys", str(tmp_path)]
+    made = CliRunner().invoke(main, ["keygen", *keys])
+    assert made.exit_code == 0 and read_key(tmp_path / "bs.key").public == made.stdout.strip()
+    assert CliRunner().invoke(main, ["keygen", *keys]).exit_code == 1
+    token = CliRunner().invoke(main, ["enrol", "attic", *keys])
+    assert token.exit_code == 0 and decode_token(token.stdout).bs_public == made.stdout.strip()
+    assert CliRunner().invoke(main, ["enrol", "../attic", *keys]).exit_code == 2
+    nobody = CliRunner().invoke(main, ["devices", "--revoke", "cellar", *keys])
+    assert nobody.exit_code == 2 and "no device cellar on the roster" in nobody.output
+    assert CliRunner().invoke(main, ["devices", "--revoke", "attic", *keys]).exit_code == 0

@@ -1,16 +1,31 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 from inprocess import System, open_system
 
-from wdmoe.bs.hub import Joined, Left
+from wdmoe.bs.hub import Hub, Joined, Left
 from wdmoe.runtime.errors import DevicesMissing
-from wdmoe.runtime.messages import ErrorReport, Goodbye, Hello, Message, Ping, Welcome, decode, encode
+from wdmoe.runtime.links import MemoryLink, Parcel
+from wdmoe.runtime.messages import (
+    Enrol,
+    Enrolled,
+    ErrorReport,
+    Goodbye,
+    Header,
+    Hello,
+    Message,
+    Ping,
+    Welcome,
+    decode,
+    encode,
+)
+
+Guarded = tuple[Hub, list[Message], Callable[[str | None, Header], None]]
 
 
 @pytest.fixture
@@ -76,6 +91,83 @@ def test_frames_that_are_no_message_are_counted_and_answered(system: System) -> 
 def test_who_was_not_introduced_is_told_to_say_hello(system: System) -> None:
     (answer,) = say(system, b"stranger", Ping(1))
     assert answer.header == ErrorReport("not known here, say hello first")
+
+
+class OneFriend:
+    """A roster of one device; keeps what was asked of it."""
+
+    def __init__(self, key: str, name: str) -> None:
+        self.names = {key: name}
+
+    def name_of(self, key: str | None) -> str | None:
+        return self.names.get(key or "")
+
+    def why_not(self, key: str | None) -> str:
+        return "unknown key"
+
+    def enrol(self, device: str, secret: bytes, key: str | None) -> str | None:
+        if secret != b"s" * 16 or key is None:
+            return "this token is unknown or was spent"
+        self.names[key] = device
+        return None
+
+
+@pytest.fixture
+def guarded(system: System) -> Guarded:
+    """A hub that knows one key, what a peer got from it, and how to send it something under a key."""
+    got: list[Message] = []
+    inbox: list[Parcel] = []
+
+    class Wire(MemoryLink):
+        def exchange(self, outgoing: Iterable[Parcel], timeout_s: float) -> list[Parcel]:
+            got.extend(decode(parcel.frames, system.manifest.model.d_model) for parcel in outgoing)
+            arrived, inbox[:] = list(inbox), []
+            return arrived
+
+    hub = Hub(Wire({}, system.clock), system.manifest, system.clock, OneFriend("friend", "device-0"))
+
+    def send(key: str | None, header: Header) -> None:
+        inbox.append(Parcel(b"peer", encode(Message(header)), key))
+        hub.turn(0.0)
+        hub.turn(0.0)
+
+    return hub, got, send
+
+
+def test_a_strangers_key_may_only_enrol(system: System, guarded: Guarded) -> None:
+    hub, got, send = guarded
+    for header in (hello(system), Ping(1)):
+        send("stranger", header)
+        assert got.pop().header == ErrorReport("unknown key", final=True)
+    send("stranger", Enrol(1, "device-1", b"x" * 16))
+    assert got.pop().header == ErrorReport("device-1: this token is unknown or was spent", final=True)
+    send("stranger", Enrol(9, "device-1", b"s" * 16))
+    assert "speaks protocol 9" in got.pop().header.text  # type: ignore[union-attr]
+    assert hub.devices == {} and hub.refused["unknown key"] == 2
+    send("stranger", Enrol(1, "device-1", b"s" * 16))
+    assert got.pop().header == Enrolled("device-1")
+    send("stranger", hello(system, device="device-1"))
+    assert "device-1" in hub.devices
+
+
+def test_a_key_cannot_take_another_devices_name(system: System, guarded: Guarded) -> None:
+    hub, got, send = guarded
+    send("friend", hello(system, device="device-3"))
+    assert "enrolled as device-0, the device calls itself device-3" in got.pop().header.text  # type: ignore[union-attr]
+    send("friend", hello(system))
+    assert hub.devices["device-0"].key == "friend"
+
+
+def test_a_device_that_is_revoked_is_dropped_while_running(system: System, guarded: Guarded) -> None:
+    hub, got, send = guarded
+    send("friend", hello(system))
+    hub._roster.names.clear()  # type: ignore[union-attr]
+    got.clear()
+    system.clock.advance(2.0)
+    hub.turn(0.0)
+    hub.turn(0.0)
+    assert hub.devices == {}
+    assert ErrorReport("unknown key", final=True) in [message.header for message in got]
 
 
 def test_a_goodbye_leaves_its_experts_without_a_device(system: System) -> None:

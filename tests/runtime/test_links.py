@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 import pytest
 
 from wdmoe.runtime.clock import VirtualClock
 from wdmoe.runtime.errors import WdmoeError
+from wdmoe.runtime.keys import make_key
 from wdmoe.runtime.links import BS, Link, MemoryLink, Parcel, Peer, dial, listen
 from wdmoe.runtime.messages import Frame
 
@@ -117,3 +119,28 @@ def test_an_oversized_frame_never_arrives() -> None:
         assert base.exchange([], 0.01) == []
     device.close()
     base.close()
+
+
+def test_an_encrypted_link_proves_the_senders_key_and_hears_nobody_else(tmp_path: Path) -> None:
+    station, device = make_key(tmp_path / "bs"), make_key(tmp_path / "device")
+    base = listen("tcp://127.0.0.1:0", 1 << 20, station)
+    friend = dial(base.address, 1 << 20, device, station.public)
+    in_the_clear = dial(base.address, 1 << 20)
+    for_another = dial(base.address, 1 << 20, device, device.public)
+    for _ in range(100):
+        for link in (friend, in_the_clear, for_another):
+            link.exchange([Parcel(BS, [b"friend" if link is friend else b"foe"])], 0.01)
+        if arrived := base.exchange([], 0.01):
+            break
+    for _ in range(10):
+        in_the_clear.exchange([Parcel(BS, [b"foe"])], 0.01)
+        for_another.exchange([Parcel(BS, [b"foe"])], 0.01)
+        arrived += base.exchange([], 0.01)
+    assert arrived and all((parcel.key, bytes(parcel.frames[0])) == (device.public, b"friend") for parcel in arrived)
+    for link in (friend, in_the_clear, for_another, base):
+        link.close()
+
+
+def test_an_encrypted_link_needs_the_base_stations_key(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="base station's public key"):
+        dial("tcp://127.0.0.1:1", 1 << 20, make_key(tmp_path / "device"))

@@ -1,0 +1,144 @@
+"""What the commands of `wdmoe-bs` share: options, how errors are told, where results go."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from wdmoe.bs.config import StationConfig
+from wdmoe.runtime.errors import WdmoeError
+
+if TYPE_CHECKING:
+    from wdmoe.bs.policies import Policy
+
+DEFAULTS = StationConfig()
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
+
+
+def keys_option() -> Callable[[AnyFunction], AnyFunction]:
+    """Make the option --keys."""
+    return click.option(
+        "--keys", type=click.Path(path_type=Path, file_okay=False), default=DEFAULTS.keys, help="Folder of the keys."
+    )
+
+
+def station_options(function: AnyFunction) -> AnyFunction:
+    """Add the options that every command with an open base station takes."""
+    return _with_options(
+        function,
+        click.option(
+            "--bundle", type=click.Path(path_type=Path), default=DEFAULTS.bundle, help="The folder `bs` of a bundle."
+        ),
+        click.option("--listen", default=DEFAULTS.listen, help="Address that devices dial."),
+        click.option("--insecure", is_flag=True, help="Do not encrypt although the network can reach the address."),
+        click.option("--encrypt", is_flag=True, help="Encrypt although only this machine can reach it."),
+        keys_option(),
+    )
+
+
+def model_options(function: AnyFunction) -> AnyFunction:
+    """Add the options that every command takes that runs the model over the devices."""
+    return _with_options(
+        function,
+        click.option(
+            "--wire", type=click.Choice(["fp16", "fp32"]), default=DEFAULTS.wire, help="Token rows on the wire."
+        ),
+        click.option("--threads", type=click.IntRange(min=1), default=DEFAULTS.threads, help="Threads of the stages."),
+        click.option("--wait", "wait_s", type=float, default=DEFAULTS.wait_s, help="Seconds to wait for the devices."),
+    )
+
+
+def data_dir_option(function: AnyFunction) -> AnyFunction:
+    """Add --data-dir."""
+    return _with_options(
+        function,
+        click.option(
+            "--data-dir",
+            type=click.Path(path_type=Path, exists=True, file_okay=False),
+            envvar="WDMOE_DATA_DIR",
+            show_envvar=True,
+            help="Folder of local rows (DIR/piqa/valid.jsonl); without it the Hugging Face hub is asked.",
+        ),
+    )
+
+
+def json_option(function: AnyFunction) -> AnyFunction:
+    """Add --json."""
+    return _with_options(
+        function,
+        click.option(
+            "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Keep the result; - prints it."
+        ),
+    )
+
+
+def _with_options(function: AnyFunction, *options: Callable[[AnyFunction], AnyFunction]) -> AnyFunction:
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def parse_policies(texts: tuple[str, ...]) -> list[Policy]:
+    """Parse --policy, exact first; what cannot be parsed is a bad parameter."""
+    from wdmoe.bs.policies import parse_policy
+
+    try:
+        policies = [parse_policy(text) for text in texts]
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--policy") from error
+    # Exact is the control: it goes first, so that the others can be compared with it.
+    return sorted(policies, key=lambda policy: policy.describe() != "exact")
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """Turn what a user can mend into a message and exit code 1 (2 for bad options), and Ctrl-C into 130."""
+    if threading.current_thread() is threading.main_thread():
+        # So that devices are told, and look for the next base station at once.
+        signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    except WdmoeError as error:
+        raise click.ClickException(str(error)) from error
+    except KeyboardInterrupt:
+        say("interrupted; the devices were told")
+        raise SystemExit(130) from None
+
+
+def say(text: str) -> None:
+    """Tell the user what goes on, on stderr."""
+    click.echo(text, err=True)
+
+
+def print_table(table: Any) -> None:
+    """Show something of rich's on stdout."""
+    from rich.console import Console
+
+    Console().print(table, "")
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Write a result whole or not at all; - prints it."""
+    text = json.dumps(result, indent=1) + "\n"
+    if str(path) == "-":
+        click.echo(text, nl=False)
+        return
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def command_line() -> str:
+    """Return the command as the user gave it."""
+    return shlex.join(["wdmoe-bs", *sys.argv[1:]])
