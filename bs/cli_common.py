@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -54,6 +54,18 @@ def model_options(function: AnyFunction) -> AnyFunction:
         ),
         click.option("--threads", type=click.IntRange(min=1), default=DEFAULTS.threads, help="Threads of the stages."),
         click.option("--wait", "wait_s", type=float, default=DEFAULTS.wait_s, help="Seconds to wait for the devices."),
+        click.option(
+            "--bs-holds",
+            default=DEFAULTS.bs_holds,
+            metavar="N|all|none",
+            help="Experts the base station may load itself when a device is lost; N at a time.",
+        ),
+        click.option(
+            "--when-lost",
+            type=click.Choice(["fail", "skip"]),
+            default=DEFAULTS.when_lost,
+            help="What a policy other than exact does when nobody can take over: skip leaves out and counts.",
+        ),
     )
 
 
@@ -119,6 +131,23 @@ def reported_errors() -> Iterator[None]:
 def say(text: str) -> None:
     """Tell the user what goes on, on stderr."""
     click.echo(text, err=True)
+
+
+@contextmanager
+def progress_bars(totals: Mapping[str, int]) -> Iterator[Callable[[str], None]]:
+    """Show one bar per name on stderr, for those with anything to do; what is yielded advances a bar by one."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bars = {name: progress.add_task(name, total=total, start=False) for name, total in totals.items() if total}
+
+        def advance(name: str) -> None:
+            progress.start_task(bars[name])
+            progress.advance(bars[name])
+
+        yield advance
 
 
 def print_table(table: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from wdmoe.runtime.keys import default_keys_dir
 from wdmoe.runtime.links import is_loopback
@@ -24,6 +25,8 @@ class StationConfig:
     threads: int = os.cpu_count() or 1
     in_flight: int = 2
     wait_s: float = 60.0
+    bs_holds: str = "none"  # experts the base station may hold for when a device is lost: a number, all, none
+    when_lost: Literal["fail", "skip"] = "fail"  # under policies other than exact
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -35,6 +38,8 @@ class StationConfig:
             raise ValueError(f"--threads and --in-flight are {self.threads} and {self.in_flight}, expected at least 1")
         if not self.wait_s > 0:
             raise ValueError(f"--wait is {self.wait_s}, expected more than 0 seconds")
+        if self.bs_holds not in ("all", "none") and not (self.bs_holds.isdecimal() and int(self.bs_holds) > 0):
+            raise ValueError(f"--bs-holds is {self.bs_holds!r}, expected a number of experts, all, or none")
 
     @property
     def encrypted(self) -> bool:

@@ -23,6 +23,7 @@ class BlockRecord:
     device_ms: float = 0.0  # the longest compute time a device reported
     bytes_down: int = 0
     bytes_up: int = 0
+    skipped: int = 0  # pairs that were sent to a device that was lost, and left out
 
 
 @dataclass(slots=True)
@@ -53,6 +54,7 @@ class Summary:
     pairs: int
     droppable: int
     dropped: int
+    skipped: int
     gate_mass_dropped: float  # share of all
     theta_mean: float | None  # of the final thetas, over blocks and microbatches
     theta_stops: dict[str, int]  # why it stopped, how often
@@ -89,6 +91,7 @@ def summarise(records: Sequence[Record]) -> Summary:
         pairs=sum(block.pairs for block in blocks),
         droppable=sum(block.droppable for block in blocks),
         dropped=sum(block.pairs - block.sent for block in blocks),
+        skipped=sum(block.skipped for block in blocks),
         gate_mass_dropped=sum(block.gate_mass_dropped for block in blocks) / mass if mass else 0.0,
         theta_mean=float(np.mean(thetas)) if thetas else None,
         theta_stops=stops,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wdmoe.bs.config import StationConfig
+from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
 from wdmoe.bs.pipeline import Outcome, Pipeline
 from wdmoe.bs.roster import BS_KEY_NAME, ROSTER_NAME, FileRoster
@@ -69,11 +70,20 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
         def make_worker(wake: Callable[[], None]) -> Worker[Outcome]:
             return ThreadWorker("stages", wake)
 
-        pipeline = Pipeline(hub, stages, manifest, make_worker, config.wire)
+        skip_lost = config.when_lost == "skip"
+        pipeline = Pipeline(hub, stages, manifest, make_worker, config.wire, _held(config, folder, manifest), skip_lost)
         try:
             yield Station(config, folder, manifest, hub, pipeline)
         finally:
             pipeline.close()
+
+
+def _held(config: StationConfig, folder: Path, manifest: BsManifest) -> HeldExperts | None:
+    if config.bs_holds == "none":
+        return None
+    model = manifest.model
+    every = model.n_blocks * model.n_experts
+    return HeldExperts(folder, manifest, every if config.bs_holds == "all" else int(config.bs_holds))
 
 
 def bs_folder(bundle: Path) -> Path:

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from wdmoe.profiles.device_profile import DeviceProfile
 from wdmoe.runtime.clock import Clock
 from wdmoe.runtime.engines import ExpertEngine
 from wdmoe.runtime.errors import ProtocolError
+from wdmoe.runtime.expert_sums import weighted_sums
 from wdmoe.runtime.manifest import DeviceManifest
 from wdmoe.runtime.messages import (
     PROTOCOL_VERSION,
@@ -27,8 +26,6 @@ from wdmoe.runtime.messages import (
     Pong,
     Welcome,
     pack_rows,
-    request_index,
-    request_weights,
     unpack_rows,
 )
 
@@ -49,17 +46,7 @@ def run_request(message: Message, engine: ExpertEngine, clock: Clock, arrived_s:
     request = message.header
     assert isinstance(request, ExpertRequest) and message.rows is not None
     started_s = clock.now_s()
-    rows = unpack_rows(message.rows)
-    index, weights = request_index(request), request_weights(request)
-    total = np.zeros_like(rows, dtype=np.float32)
-    at = 0
-    for expert, count in zip(request.experts, request.counts, strict=True):
-        which = index[at : at + count]
-        chosen = rows if count == len(rows) and bool((which == np.arange(count)).all()) else rows[which]
-        out = engine.run(request.block, expert, chosen)
-        # The protocol lets a row come at most once for each expert, so no two additions meet.
-        total[which] += out * weights[at : at + count, None]
-        at += count
+    total = weighted_sums(engine, request, unpack_rows(message.rows))
     packed, wire = pack_rows(total, request.wire)
     ended_s = clock.now_s()
     return Message(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
 from wdmoe.bs.microbatch import pack_sequence
 from wdmoe.bs.pipeline import Pipeline
@@ -58,11 +59,31 @@ def answer_with(service: DeviceService) -> Handler:
 
 
 @contextmanager
-def open_system(bundle: Path, wire: Wire = "fp32", engine: str = "numpy") -> Iterator[System]:
-    """Connect every device folder of a bundle to a base station; time is virtual."""
+def open_system(
+    bundle: Path,
+    wire: Wire = "fp32",
+    engine: str = "numpy",
+    replicas: Sequence[int] = (),
+    holds: int | None = None,
+    skip_lost: bool = False,
+) -> Iterator[System]:
+    """Connect every device folder of a bundle to a base station; time is virtual.
+
+    Args:
+        bundle: made by wdmoe-export.
+        wire: precision of the rows.
+        engine: of every device.
+        replicas: device folders that a second device, "replica-K", serves as well.
+        holds: experts that the base station may keep in memory itself.
+        skip_lost: whether what is lost may be left out.
+    """
     clock = VirtualClock()
     manifest = read_manifest(bundle / "bs", BsManifest)
     services = {path.name: make_service(path, clock, engine) for path in sorted(bundle.glob("device-*"))}
+    for k in replicas:
+        service = make_service(bundle / f"device-{k}", clock, engine)
+        service.name = service.session = f"replica-{k}"
+        services[service.name] = service
     link = MemoryLink({name.encode(): answer_with(service) for name, service in services.items()}, clock)
     hub = Hub(link, manifest, clock)
     for name, service in services.items():
@@ -70,7 +91,9 @@ def open_system(bundle: Path, wire: Wire = "fp32", engine: str = "numpy") -> Ite
             link.deliver(name.encode(), encode(message))
     hub.turn(0.0)
     hub.turn(0.0)
-    pipeline = Pipeline(hub, Stages(bundle / "bs", manifest, 1), manifest, InlineWorker, wire)
+    held = HeldExperts(bundle / "bs", manifest, holds) if holds is not None else None
+    stages = Stages(bundle / "bs", manifest, 1)
+    pipeline = Pipeline(hub, stages, manifest, InlineWorker, wire, held, skip_lost)
     yield System(manifest, link, clock, hub, pipeline, services)
     pipeline.close()
     link.close()

@@ -85,6 +85,7 @@ def test_devices_that_do_not_come_are_named(bundle: Path) -> None:
         (["run", "--dataset", "piqa-sample", "--policy", "fastest"], 2, "unknown policy 'fastest'"),
         (["devices", "--insecure", "--encrypt"], 2, "contradict each other"),
         (["run", "--dataset", "piqa-sample", "--wait", "0"], 2, "--wait is 0.0"),
+        (["run", "--dataset", "piqa-sample", "--bs-holds", "some"], 2, "expected a number of experts, all, or none"),
         (["run", "--dataset", "riddles"], 2, "riddles"),
         (["run"], 2, "Missing option '--dataset'"),
         (["devices", "--listen", "5555"], 2, "expected tcp://ADDRESS:PORT"),

@@ -1,0 +1,117 @@
+"""Which devices may be given work, and who takes over from whom: a state machine without I/O.
+
+    healthy --slow, or a hedge won--> penalised --20 good answers--> healthy
+    any     --lost, error, bad rows--> blocked --a probe answered--> penalised
+
+A penalised device is used where no healthy one holds the expert; a blocked one is not used at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+GOOD_ANSWERS = 20  # that make a penalised device healthy again
+SLOW_CORRECTION = 4.0  # measured over predicted, from which a device counts as slow
+PROBE_FIRST_S = 1.0
+PROBE_LAST_S = 60.0  # the pause between probes doubles up to this
+BS_HOLDS = "bs"  # the base station itself, as a holder of experts
+NOBODY = "nobody"  # as the holder of experts that are left out
+
+
+class Health(str, Enum):
+    """The state of one device."""
+
+    HEALTHY = "healthy"
+    PENALISED = "penalised"
+    BLOCKED = "blocked"
+
+
+@dataclass(slots=True)
+class Standing:
+    """What is thought of one device, and why."""
+
+    health: Health = Health.HEALTHY
+    reason: str = ""
+    good_answers: int = 0  # in a row
+    failures: int = 0
+    probe_at_s: float = 0.0  # when to try a blocked one next
+    probe_pause_s: float = PROBE_FIRST_S
+
+
+@dataclass(slots=True)
+class Fleet:
+    """The standing of every device that was ever connected, by name."""
+
+    standings: dict[str, Standing] = field(default_factory=dict)
+
+    def of(self, device: str) -> Standing:
+        """Return a device's standing; a new one is healthy."""
+        return self.standings.setdefault(device, Standing())
+
+    def on_good_answer(self, device: str, correction: float) -> None:
+        """Count an answer that came in time and was sound.
+
+        Args:
+            device: who answered.
+            correction: its measured over predicted latency, see `LatencyTracker`.
+        """
+        standing = self.of(device)
+        if correction >= SLOW_CORRECTION:
+            self.penalise(device, f"{correction:.1f} x slower than its profile")
+        elif standing.health is Health.PENALISED:
+            standing.good_answers += 1
+            if standing.good_answers >= GOOD_ANSWERS:
+                self.standings[device] = Standing(failures=standing.failures)
+
+    def penalise(self, device: str, reason: str) -> None:
+        """Use a device only where no healthy one can do the work; a blocked one stays blocked."""
+        standing = self.of(device)
+        if standing.health is not Health.BLOCKED:
+            standing.health, standing.reason, standing.good_answers = Health.PENALISED, reason, 0
+
+    def block(self, device: str, reason: str, now_s: float) -> None:
+        """Use a device no more until a probe is answered."""
+        standing = self.of(device)
+        pause_s = min(PROBE_LAST_S, 2 * standing.probe_pause_s) if standing.failures else PROBE_FIRST_S
+        self.standings[device] = Standing(Health.BLOCKED, reason, 0, standing.failures + 1, now_s + pause_s, pause_s)
+
+    def on_joined(self, device: str) -> None:
+        """Take a device that said hello: one that was blocked may work again, under watch."""
+        if self.of(device).health is Health.BLOCKED:
+            self._readmit(device, "back after: ")
+
+    def on_probe_answered(self, device: str) -> None:
+        """Re-admit a blocked device."""
+        if self.of(device).health is Health.BLOCKED:
+            self._readmit(device, "probe answered after: ")
+
+    def probes_due(self, connected: Iterable[str], now_s: float) -> list[str]:
+        """Return the blocked devices to probe now; their next turn comes after a doubled pause."""
+        due: list[str] = []
+        for device in sorted(connected):
+            standing = self.of(device)
+            if standing.health is Health.BLOCKED and now_s >= standing.probe_at_s:
+                standing.probe_pause_s = min(PROBE_LAST_S, 2 * standing.probe_pause_s)
+                standing.probe_at_s = now_s + standing.probe_pause_s
+                due.append(device)
+        return due
+
+    def usable(self, device: str) -> bool:
+        """Whether a device may be given work."""
+        return self.of(device).health is not Health.BLOCKED
+
+    def preferred(self, candidates: Iterable[str]) -> str | None:
+        """Choose among the devices that hold an expert: healthy before penalised, then by name; None if none is usable.
+
+        By name, so that the same fleet gives the same plan.
+        """
+        usable = [device for device in candidates if self.usable(device)]
+        return min(usable, key=lambda device: (self.of(device).health is not Health.HEALTHY, device), default=None)
+
+    def _readmit(self, device: str, why: str) -> None:
+        standing = self.of(device)
+        self.standings[device] = Standing(
+            Health.PENALISED, why + standing.reason, 0, standing.failures, 0.0, standing.probe_pause_s
+        )

@@ -1,0 +1,375 @@
+"""Requests that are out: who was asked, who has answered, and who is asked instead when a device fails.
+
+What happens when a device is late or fails, in this order: a replica, a hedge (the same, before it is lost), the base
+station's own copy, and skipping what is lost with the rest scaled up, where the policy is not exact and the user allows
+it. Otherwise the run ends with the device's name: an answer is never made up.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from wdmoe.bs.dispatch import Partial, Shipment, entries, regroup
+from wdmoe.bs.fleet import BS_HOLDS, Fleet
+from wdmoe.bs.held import HeldExperts
+from wdmoe.bs.hub import HEARTBEAT_S, Complained, Event, Hub, Joined, Left, Replied
+from wdmoe.bs.records import BlockRecord
+from wdmoe.bs.routing import Floats
+from wdmoe.runtime.errors import DeviceError, DeviceFailed, DeviceTimeout
+from wdmoe.runtime.manifest import ModelSpec
+from wdmoe.runtime.messages import ExpertReply, ExpertRequest, Message, Rows, unpack_rows
+
+# A device is lost when it is both late and silent; one that answers pings may be late for longer.
+LATE_AT_LEAST_S = 2.0
+LATE_TIMES_P95 = 20.0
+SILENT_S = 2.0
+LATE_THOUGH_ALIVE = 10.0  # times what was allowed
+CHECK_AGAIN_S = 0.25
+HEDGE_AT_LEAST_S = 0.1
+SILENT_PINGS = 3  # unanswered, from which a device gets no more work
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One way of getting an answer: the device itself, or those that take over."""
+
+    left: int  # requests of it that are out
+    partials: list[tuple[str, Partial]] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class Want:
+    """What is wanted from one device for one microbatch in one block; done when any attempt is complete."""
+
+    shipment: Shipment
+    name: str  # of the microbatch
+    record: BlockRecord
+    may_skip: bool
+    on_done: Callable[[Want], None]
+    attempts: list[Attempt] = field(default_factory=list)
+    partials: list[Partial] = field(default_factory=list)
+    lost: tuple[Partial, ...] = ()  # rows and gate weights that were skipped
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A request that is out."""
+
+    want: Want
+    attempt: Attempt
+    shipment: Shipment
+    message: Message
+    sent_s: float
+    predicted_ms: float
+    allowed_s: float  # from sending to the answer, before the device is suspected
+    check_s: float  # when to look next
+    hedge_s: float  # when to ask another as well
+
+
+RunHeld = Callable[[Callable[[], Rows], Callable[[Rows], None]], None]
+
+
+class Requests:
+    """Sends requests and sees to it that each is answered, replaced, or ends the run with a name."""
+
+    def __init__(self, hub: Hub, held: HeldExperts | None, run_held: RunHeld) -> None:
+        """Start with nothing out.
+
+        Args:
+            hub: the devices.
+            held: experts at the base station, if it keeps any.
+            run_held: runs a job where it may take long, then calls back with its result.
+        """
+        self.fleet = Fleet()
+        self.late_replies = 0
+        self.counts: Counter[str] = Counter()  # replaced, hedged, skipped
+        self._hub = hub
+        self._held = held
+        self._run_held = run_held
+        self._pending: dict[int, Pending] = {}
+        self._probes: dict[int, str] = {}  # request id -> device
+        self._next_id = 0
+
+    def ask(self, want: Want) -> None:
+        """Send what is wanted; if its device failed meanwhile, to those that take over."""
+        self._attempt(want, [want.shipment])
+
+    def abandon(self) -> None:
+        """Forget what is out: what still comes is late, and counted."""
+        self._pending.clear()
+
+    def next_check_s(self) -> float:
+        """Return when `check` has something to do; infinity if nothing is out."""
+        return min((min(p.check_s, p.hedge_s) for p in self._pending.values()), default=float("inf"))
+
+    def holders(self, block: int, expert: int) -> list[str]:
+        """Return the connected devices that hold an expert."""
+        return [name for name, device in self._hub.devices.items() if (block, expert) in device.experts]
+
+    def preferred(self, block: int, expert: int) -> str | None:
+        """Return who is to run an expert now: a usable device, else the base station, else nobody."""
+        device = self.fleet.preferred(self.holders(block, expert))
+        return device or (BS_HOLDS if self._held is not None else None)
+
+    def unserved(self, model: ModelSpec) -> bool:
+        """Whether some expert has nobody who may run it now."""
+        experts = ((block, expert) for block in range(model.n_blocks) for expert in range(model.n_experts))
+        return any(self.preferred(block, expert) is None for block, expert in experts)
+
+    def probe_blocked(self) -> None:
+        """Probe every blocked device that is connected, whenever its next probe was due."""
+        for name in self.fleet.probes_due(self._hub.devices, float("inf")):
+            self._probe(name)
+
+    # -- what comes ------------------------------------------------------------------------------------------------
+
+    def on_event(self, event: Event) -> None:
+        """Take what the hub tells.
+
+        Raises:
+            DeviceError: a device failed and nothing can take its place.
+        """
+        match event:
+            case Replied(device=name, message=message):
+                self._on_reply(name, message)
+            case Complained(device=name, text=text, request_id=request_id):
+                pending = self._pending.get(request_id or 0)
+                if pending is not None and pending.shipment.device == name:
+                    self._fail(DeviceFailed(name, f"reports: {text}"))
+            case Joined(device=name):
+                self.fleet.on_joined(name)
+                # Back after a restart: what it was asked for is asked again.
+                for pending in self._of(name):
+                    self._hub.send(name, pending.message)
+            case Left(device=name, reason=reason):
+                if self._of(name):
+                    self._fail(DeviceFailed(name, f"left ({reason}) before it answered"))
+
+    def _on_reply(self, name: str, message: Message) -> None:
+        header = message.header
+        assert isinstance(header, ExpertReply) and message.rows is not None
+        if self._probes.pop(header.request_id, None) == name:
+            if np.isfinite(message.rows).all():
+                self.fleet.on_probe_answered(name)
+            return
+        pending = self._pending.get(header.request_id)
+        if pending is None or pending.shipment.device != name:
+            self.late_replies += 1
+            return
+        want = pending.want
+        if header.rows != len(pending.shipment.rows):
+            self._fail(DeviceFailed(name, f"answered {header.rows} rows to a request of {len(pending.shipment.rows)}"))
+            return
+        rows = unpack_rows(message.rows)
+        if not np.isfinite(rows).all():
+            block = pending.shipment.request.block
+            self._fail(DeviceFailed(name, f"sent rows that are not finite for block {block}"))
+            return
+        del self._pending[header.request_id]
+        took_ms = (self._hub.clock.now_s() - pending.sent_s) * 1e3
+        tracker = self._hub.devices[name].latency
+        # What it waited behind other requests says nothing about the device.
+        tracker.observe_request(pending.shipment.request.counts, took_ms - header.queue_us / 1e3)
+        self.fleet.on_good_answer(name, tracker.model().correction)
+        want.record.bytes_up += message_bytes(message)
+        want.record.device_ms = max(want.record.device_ms, header.compute_us / 1e3)
+        self._on_part(want, pending.attempt, name, (pending.shipment.rows, rows))
+
+    def _on_part(self, want: Want, attempt: Attempt, device: str, partial: Partial) -> None:
+        attempt.partials.append((device, partial))
+        attempt.left -= 1
+        if attempt.left or attempt not in want.attempts:
+            return
+        if len(want.attempts) > 1 and attempt is not want.attempts[0]:
+            self.fleet.penalise(want.shipment.device, "another device answered sooner")
+        # By name, not by arrival: the same plan gives the same bits.
+        want.partials = [part for _, part in sorted(attempt.partials, key=lambda item: item[0])]
+        self._settle(want)
+
+    def _settle(self, want: Want) -> None:
+        want.attempts.clear()
+        self._pending = {number: p for number, p in self._pending.items() if p.want is not want}
+        want.on_done(want)
+
+    # -- what does not come ----------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Hedge what is slow, replace what is lost, probe what is blocked.
+
+        Raises:
+            DeviceTimeout: a device is lost and nothing can take its place.
+        """
+        now_s = self._hub.clock.now_s()
+        for pending in list(self._pending.values()):
+            if pending.want.attempts and now_s >= pending.hedge_s:
+                pending.hedge_s = float("inf")
+                self._hedge(pending)
+        for pending in list(self._pending.values()):
+            if pending.want.attempts and now_s >= pending.check_s:
+                self._suspect(pending, now_s)
+        for device in list(self._hub.devices.values()):
+            # Pings are only sent while the loop turns, so old silence alone proves nothing.
+            if len(device.pings) >= SILENT_PINGS and now_s - device.last_heard_s > SILENT_PINGS * HEARTBEAT_S:
+                self._on_silent(device.name, now_s - device.last_heard_s)
+        for name in self.fleet.probes_due(self._hub.devices, now_s):
+            self._probe(name)
+
+    def _on_silent(self, name: str, silent_s: float) -> None:
+        """Give a silent device no more work; what it owes has deadlines of its own."""
+        if self.fleet.usable(name) and not self._of(name):
+            self.fleet.block(name, f"silent for {silent_s:.1f} s", self._hub.clock.now_s())
+
+    def _suspect(self, pending: Pending, now_s: float) -> None:
+        name = pending.shipment.device
+        device = self._hub.devices.get(name)
+        silent_s = now_s - device.last_heard_s if device is not None else float("inf")
+        waited_s = now_s - pending.sent_s
+        if silent_s < SILENT_S and waited_s < LATE_THOUGH_ALIVE * pending.allowed_s:
+            pending.check_s = now_s + CHECK_AGAIN_S
+            return
+        heard = f"silent for {silent_s:.1f} s" if silent_s >= SILENT_S else "though it answers pings"
+        what = f"block {pending.shipment.request.block} of {pending.want.name}"
+        self._fail(
+            DeviceTimeout(
+                name, f"no answer for {what} in {waited_s:.1f} s (allowed {pending.allowed_s:.1f} s), {heard}"
+            )
+        )
+
+    def _hedge(self, pending: Pending) -> None:
+        want = pending.want
+        if len(want.attempts) > 1 or pending.shipment is not want.shipment:
+            return
+        others = self._takers(want.shipment, avoid=want.shipment.device)
+        if all(others.values()):
+            self.counts["hedged"] += 1
+            self._send_attempt(want, regroup(want.shipment, {e: name for e, name in others.items() if name}))
+
+    def _fail(self, error: DeviceError) -> None:
+        """Block a device and find another way for everything it owes."""
+        name = error.device
+        self.fleet.block(name, str(error).partition(": ")[2], self._hub.clock.now_s())
+        for pending in self._of(name):
+            want, attempt = pending.want, pending.attempt
+            if attempt not in want.attempts:
+                continue  # an earlier one of this loop has dealt with it
+            want.attempts.remove(attempt)
+            self._pending = {n: p for n, p in self._pending.items() if p.attempt is not attempt}
+            if not want.attempts:
+                self.counts["replaced"] += 1
+                self._replace(want, error)
+
+    def _replace(self, want: Want, error: DeviceError) -> None:
+        takers = self._takers(want.shipment, avoid=error.device)
+        orphans = [expert for expert, name in takers.items() if name is None]
+        if orphans and not want.may_skip:
+            raise error
+        if orphans:
+            self.counts["skipped"] += 1
+            expert, index, weight = entries(want.shipment.request)
+            lost = np.isin(expert, orphans)
+            want.lost = (*want.lost, (want.shipment.rows[index[lost]], weight[lost]))
+            want.record.skipped += len(np.unique(index[lost]))
+            want.record.gate_mass_dropped += float(weight[lost].sum())
+        parts = regroup(want.shipment, {expert: name for expert, name in takers.items() if name is not None})
+        if parts:
+            self._send_attempt(want, parts)
+        else:
+            self._settle(want)
+
+    def _takers(self, shipment: Shipment, avoid: str) -> dict[int, str | None]:
+        block = shipment.request.block
+        found: dict[int, str | None] = {}
+        for expert in shipment.request.experts:
+            device = self.fleet.preferred(name for name in self.holders(block, expert) if name != avoid)
+            found[expert] = device or (BS_HOLDS if self._held is not None and avoid != BS_HOLDS else None)
+        return found
+
+    def _probe(self, device: str) -> None:
+        """Ask a blocked device for one row; a sound answer lets it work again."""
+        block, expert = min(self._hub.devices[device].experts)
+        d_model = self._hub.devices[device].latency.profile.d_model
+        request = ExpertRequest(
+            request_id=self._new_id(), block=block, rows=1, wire="fp32", experts=(expert,), counts=(1,),
+            index=np.zeros(1, "<u4").tobytes(), weights=np.ones(1, "<f4").tobytes(),
+        )  # fmt: skip
+        self._probes[request.request_id] = device
+        self._hub.send(device, Message(request, np.ones((1, d_model), "<f4")))
+
+    # -- what goes ---------------------------------------------------------------------------------------------------
+
+    def _attempt(self, want: Want, parts: list[Shipment]) -> None:
+        device = want.shipment.device
+        if device != BS_HOLDS and (device not in self._hub.devices or not self.fleet.usable(device)):
+            why = self.fleet.of(device).reason or "it left"
+            self._replace(want, DeviceFailed(device, f"cannot be asked for block {want.shipment.request.block}: {why}"))
+            return
+        self._send_attempt(want, parts)
+
+    def _send_attempt(self, want: Want, parts: list[Shipment]) -> None:
+        attempt = Attempt(len(parts))
+        want.attempts.append(attempt)
+        for part in parts:
+            if part.device == BS_HOLDS:
+                self._ask_held(want, attempt, part)
+            else:
+                self._send(want, attempt, part)
+
+    def _ask_held(self, want: Want, attempt: Attempt, part: Shipment) -> None:
+        assert self._held is not None
+        held, rows = self._held, unpack_rows(part.packed)
+        self._run_held(
+            lambda: held.answer(part.request, rows),
+            lambda sums: self._on_part(want, attempt, BS_HOLDS, (part.rows, sums)),
+        )
+
+    def _send(self, want: Want, attempt: Attempt, part: Shipment) -> None:
+        number = self._new_id()
+        message = Message(msgspec.structs.replace(part.request, request_id=number), part.packed)
+        device, now_s = self._hub.devices[part.device], self._hub.clock.now_s()
+        predicted_ms = device.latency.model().request_ms(part.request.counts)
+        p95_s = (
+            device.latency.profile.tail_ratio
+            * (predicted_ms + sum(p.predicted_ms for p in self._of(part.device)))
+            / 1e3
+        )
+        allowed_s = max(LATE_AT_LEAST_S, LATE_TIMES_P95 * p95_s)
+        self._pending[number] = Pending(
+            want, attempt, part, message, now_s, predicted_ms, allowed_s,
+            check_s=now_s + allowed_s, hedge_s=now_s + max(HEDGE_AT_LEAST_S, p95_s),
+        )  # fmt: skip
+        want.record.bytes_down += message_bytes(message)
+        self._hub.send(part.device, message)
+
+    def _of(self, device: str) -> list[Pending]:
+        return [p for p in self._pending.values() if p.shipment.device == device]
+
+    def _new_id(self) -> int:
+        self._next_id = self._next_id % (2**31 - 1) + 1
+        return self._next_id
+
+
+def lost_share(n_rows: int, wants: list[Want], total_weight: Floats) -> Floats | None:
+    """Return the share of each token's gate weight that was skipped, or None if nothing was.
+
+    Args:
+        n_rows: tokens of the microbatch.
+        wants: all of one block.
+        total_weight: [n_rows], sum of the weights that were asked for.
+    """
+    lost = [part for want in wants for part in want.lost]
+    if not lost:
+        return None
+    share = np.zeros(n_rows, np.float32)
+    for rows, weights in lost:
+        np.add.at(share, rows, weights)
+    return share / total_weight
+
+
+def message_bytes(message: Message) -> int:
+    """Size of a message's rows on the wire; headers are some 10 bytes a row and expert and are left out."""
+    return 0 if message.rows is None else message.rows.nbytes

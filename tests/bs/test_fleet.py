@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from wdmoe.bs.fleet import GOOD_ANSWERS, PROBE_LAST_S, Fleet, Health
+
+
+def test_a_new_device_is_healthy() -> None:
+    assert Fleet().usable("a") and Fleet().of("a").health is Health.HEALTHY
+
+
+def test_penalised_devices_come_after_healthy_ones_and_blocked_ones_never() -> None:
+    fleet = Fleet()
+    assert fleet.preferred(["b", "a"]) == "a"
+    fleet.penalise("a", "slow")
+    assert fleet.preferred(["b", "a"]) == "b"
+    fleet.block("b", "lost", 0.0)
+    assert fleet.preferred(["b", "a"]) == "a"
+    fleet.block("a", "lost", 0.0)
+    assert fleet.preferred(["b", "a"]) is None and fleet.preferred([]) is None
+
+
+def test_good_answers_in_a_row_lift_a_penalty_and_a_slow_one_starts_the_count_again() -> None:
+    fleet = Fleet()
+    fleet.penalise("a", "hedged")
+    for _ in range(GOOD_ANSWERS - 1):
+        fleet.on_good_answer("a", 1.0)
+    fleet.on_good_answer("a", 9.0)
+    assert "9.0 x slower than its profile" in fleet.of("a").reason
+    for _ in range(GOOD_ANSWERS):
+        assert fleet.of("a").health is Health.PENALISED
+        fleet.on_good_answer("a", 1.0)
+    assert fleet.of("a").health is Health.HEALTHY
+
+
+def test_a_penalty_does_not_unblock() -> None:
+    fleet = Fleet()
+    fleet.block("a", "lost", 0.0)
+    fleet.penalise("a", "slow")
+    assert not fleet.usable("a")
+
+
+def test_probes_pause_longer_each_time_up_to_a_limit() -> None:
+    fleet = Fleet()
+    fleet.block("a", "lost", 0.0)
+    now_s, pauses = 0.0, []
+    last_s = 0.0
+    while len(pauses) < 9:
+        now_s += 0.5
+        if fleet.probes_due(["a"], now_s):
+            pauses.append(now_s - last_s)
+            last_s = now_s
+    assert pauses == sorted(pauses) and pauses[0] == 1.0 and pauses[-1] == PROBE_LAST_S
+
+
+def test_only_connected_devices_are_probed() -> None:
+    fleet = Fleet()
+    fleet.block("a", "lost", 0.0)
+    assert fleet.probes_due([], 100.0) == []
+    assert fleet.probes_due(["a", "b"], 100.0) == ["a"]
+
+
+def test_a_probe_or_a_hello_lets_a_blocked_device_work_under_watch() -> None:
+    fleet = Fleet()
+    fleet.block("a", "lost", 0.0)
+    fleet.on_probe_answered("a")
+    assert fleet.of("a").health is Health.PENALISED and "probe answered after: lost" in fleet.of("a").reason
+    fleet.block("a", "lost again", 0.0)
+    fleet.on_joined("a")
+    assert fleet.of("a").health is Health.PENALISED and fleet.of("a").failures == 2
+    fleet.on_joined("b")
+    assert fleet.of("b").health is Health.HEALTHY
