@@ -5,13 +5,18 @@ from __future__ import annotations
 import click
 
 from wdmoe.bs.cli_devices import devices
+from wdmoe.bs.cli_generate import generate
 from wdmoe.bs.cli_keys import enrol, keygen
+from wdmoe.bs.cli_quality import quality
 from wdmoe.bs.cli_run import run
+from wdmoe.bs.cli_status import status
 
 _EPILOG = """\b
 Examples:
   wdmoe-bs run --dataset piqa --data-dir data
   wdmoe-bs run --dataset piqa-sample --policy exact --policy wlr:alpha=0.6
+  wdmoe-bs quality --policy wlr --data-dir data
+  wdmoe-bs generate --chat "How does bread stay fresh?"
   wdmoe-bs devices
 """
 
@@ -26,7 +31,5 @@ def main() -> None:
     """
 
 
-for command in (run, devices):
+for command in (run, quality, generate, devices, status, keygen, enrol):
     main.add_command(command)
-main.add_command(keygen)
-main.add_command(enrol)

@@ -60,6 +60,7 @@ def model_options(function: AnyFunction) -> AnyFunction:
             metavar="N|all|none",
             help="Experts the base station may load itself when a device is lost; N at a time.",
         ),
+        click.option("--health", metavar="HOST:PORT", help="Serve /health there, for wdmoe-bs status and monitors."),
         click.option(
             "--when-lost",
             type=click.Choice(["fail", "skip"]),

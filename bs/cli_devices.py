@@ -23,7 +23,7 @@ def devices(wait_s: float, as_json: bool, revoke: str | None, **station: Any) ->
         _revoke(revoke, station["keys"])
         return
     with reported_errors():
-        from wdmoe.bs.experiment import describe_device
+        from wdmoe.bs.results import describe_device
         from wdmoe.bs.station import open_hub
         from wdmoe.bs.tables import device_table
         from wdmoe.runtime.errors import DevicesMissing

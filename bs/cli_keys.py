@@ -37,5 +37,7 @@ def enrol(name: str, hours: float, keys: Path) -> None:
         if not re.match(NAME_PATTERN, name):
             raise ValueError(f"{name!r} cannot be a name, expected 1 to 64 letters, digits, dots, dashes, underscores")
         token = FileRoster(keys / ROSTER_NAME).invite(name, read_key(keys / BS_KEY_NAME).public, hours)
-        say(f"on {name}, while wdmoe-bs is listening: wdmoe-device --bundle FOLDER --bs tcp://THIS-HOST:5555 --enrol TOKEN")
+        say(
+            f"on {name}, while wdmoe-bs is listening: wdmoe-device --bundle FOLDER --bs tcp://THIS-HOST:5555 --enrol TOKEN"
+        )
         click.echo(token.encode())

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -17,6 +15,7 @@ from wdmoe.bs.cli_common import (
     model_options,
     parse_policies,
     print_table,
+    progress_bars,
     reported_errors,
     say,
     station_options,
@@ -24,13 +23,17 @@ from wdmoe.bs.cli_common import (
 )
 from wdmoe.bs.config import StationConfig
 
-if TYPE_CHECKING:
-    from wdmoe.bs.policies import Policy
-
 
 @click.command()
 @station_options
-@click.option("--dataset", required=True, help="What to answer: piqa, or piqa-sample (bundled, 128 questions).")
+@click.option(
+    "--dataset",
+    "datasets",
+    multiple=True,
+    required=True,
+    help="What to answer: piqa, piqa-sample (bundled, 128 questions), arc_easy, arc_challenge, boolq, hellaswag, "
+    "winogrande, openbookqa, siqa, copa, lambada, wikitext2; may be given several times.",
+)
 @data_dir_option
 @click.option(
     "--policy",
@@ -39,51 +42,62 @@ if TYPE_CHECKING:
     default=("exact", "wlr"),
     help="exact, or wlr with options as in wlr:alpha=0.4,gamma=1.1; may be given several times.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first rows.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first rows of each data set.")
 @model_options
 @click.option("--in-flight", type=click.IntRange(min=1), default=DEFAULTS.in_flight, help="Questions at a time.")
 @json_option
 def run(
-    dataset: str,
+    datasets: tuple[str, ...],
     data_dir: Path | None,
     policies: tuple[str, ...],
     limit: int | None,
     json_path: Path | None,
     **station: Any,
 ) -> None:
-    """Answer a data set under each policy: accuracy and latency side by side."""
+    """Answer data sets under each policy: accuracy and latency side by side.
+
+    With --json FILE each finished pair of data set and policy is kept as it is done; the same command given again
+    goes on from there.
+    """
     with reported_errors():
         from wdmoe.bs.evaluation import load_task
-        from wdmoe.bs.experiment import describe_run, run_policies
+        from wdmoe.bs.experiment import Pair, PolicyRun, run_policies
+        from wdmoe.bs.results import describe_run, describe_station, reusable_runs
         from wdmoe.bs.station import open_station
-        from wdmoe.bs.tables import policy_table, time_table
+        from wdmoe.bs.tables import policy_tables, time_table
 
-        config = StationConfig(**station)
-        chosen = parse_policies(policies)
-        task = load_task(dataset, data_dir)
-        with open_station(config, say) as open_, _progress(task.count(limit), chosen) as on_question:
-            runs = run_policies(open_, task, chosen, limit, on_question)
-            result = describe_run(open_, runs, command_line())
-        if json_path is None or str(json_path) != "-":
-            link = result["link"]
-            print_table(policy_table(runs, f"{link['kind']} ({link['wire']})", len(result["devices"])))
-            print_table(time_table(runs))
-        if json_path is not None:
+        config, command = StationConfig(**station), command_line()
+        chosen = {policy.describe(): policy for policy in parse_policies(policies)}
+        tasks = [load_task(name, data_dir) for name in dict.fromkeys(datasets)]
+        counts = ", ".join(f"{task.dataset} {task.count(limit):,} rows" for task in tasks)
+        say(f"{counts}; under {', '.join(chosen)}")
+        kept = json_path if json_path is not None and str(json_path) != "-" else None
+        with open_station(config, say) as open_:
+            finished: dict[Pair, PolicyRun] = {}
+            if kept is not None:
+                now = describe_station(open_, command)
+                earlier, lines = reusable_runs(kept, now, tasks, list(chosen), limit)
+                finished.update((run.pair, run) for run in earlier)
+                for line in lines:
+                    say(line)
+
+            def on_run(run: PolicyRun) -> None:
+                finished[run.pair] = run
+                if kept is not None:
+                    write_json(kept, describe_run(open_, finished.values(), command))
+
+            left = {
+                name: sum(task.count(limit) for task in tasks if (task.dataset, name) not in finished)
+                for name in chosen
+            }
+            with progress_bars(left) as on_question:
+                runs = run_policies(
+                    open_, tasks, list(chosen.values()), limit, on_question, finished=dict(finished), on_run=on_run
+                )
+            result = describe_run(open_, runs, command)
+        if json_path is not None and kept is None:
             write_json(json_path, result)
-
-
-@contextmanager
-def _progress(questions: int, policies: list[Policy]) -> Iterator[Callable[[str], None]]:
-    """Show one bar per policy on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bars = {p.describe(): progress.add_task(p.describe(), total=questions, start=False) for p in policies}
-
-        def on_question(policy: str) -> None:
-            progress.start_task(bars[policy])
-            progress.advance(bars[policy])
-
-        yield on_question
+            return
+        link = f"{result['link']['kind']} ({result['link']['wire']})"
+        print_table(policy_tables(runs, link, len(result["devices"])))
+        print_table(time_table(runs))

@@ -26,6 +26,7 @@ class StationConfig:
     in_flight: int = 2
     wait_s: float = 60.0
     bs_holds: str = "none"  # experts the base station may hold for when a device is lost: a number, all, none
+    health: str | None = None  # HOST:PORT to serve /health on
     when_lost: Literal["fail", "skip"] = "fail"  # under policies other than exact
 
     def __post_init__(self) -> None:

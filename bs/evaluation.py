@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from wdmoe.bs.rows import find_dataset, read_rows
 from wdmoe.runtime.errors import WdmoeError
 
 Source = Literal["local rows", "hub", "bundled sample"]
+PERPLEXITIES = ("perplexity", "word_perplexity")  # metrics that lm-eval has for the last word, and for each word
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +27,34 @@ class LoadedTask:
 
     dataset: str
     source: Source
+    variant: str | None  # why its prompts are not quite the task's own; None: they are
     rows: int
     judge: Any  # lm_eval.api.task.Task
 
     def count(self, limit: int | None = None) -> int:
         """How many rows an evaluation with this limit asks about."""
         return self.rows if limit is None else min(limit, self.rows)
+
+    def digest(self, limit: int | None = None) -> str:
+        """Return the SHA-256 over the rows that an evaluation with this limit asks about, known before it starts."""
+        from wdmoe.bs.harness import row_hashes
+
+        hashes = row_hashes(self.judge, self.count(limit))
+        return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+    @property
+    def has_accuracy(self) -> bool:
+        """Whether each row is right or wrong."""
+        return "acc" in self.judge.aggregation()
+
+    @property
+    def described_judge(self) -> str:
+        """Name and version of the harness and of its task."""
+        import lm_eval
+
+        return (
+            f"lm-eval {lm_eval.__version__}, task {find_dataset(self.dataset).task_file} version {self.judge.VERSION}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +63,20 @@ class Evaluation:
 
     dataset: str
     source: Source
+    variant: str | None  # "local variant" in every report: why its prompts are not quite the task's own
     judge: str  # name and version of the harness and of its task
     rows: int  # asked about; the data set as loaded may hold more
     rows_loaded: int
     rows_digest: str  # SHA-256 over the rows asked about: only equal ones can be compared
-    metrics: dict[str, float]  # for example acc and acc_norm, as fractions
-    stderr: dict[str, float]  # of each metric; NaN where one row was asked about
-    correct: dict[str, tuple[float, ...]]  # of each metric, one value per row, 1.0 for right and 0.0 for wrong
+    metrics: dict[str, float]  # for example acc and acc_norm, as fractions, or word_perplexity
+    stderr: dict[str, float]  # of each metric; NaN where one row was asked about, or where there is no estimate
+    correct: dict[str, tuple[float, ...]]  # of each accuracy, one value per row, 1.0 for right and 0.0 for wrong
     log_likelihoods: tuple[tuple[float, ...], ...]  # one tuple per row, in the order of its choices
+
+    @property
+    def perplexity(self) -> float | None:
+        """The perplexity among the metrics: a word's; None for a task that has none."""
+        return next((self.metrics[name] for name in PERPLEXITIES if name in self.metrics), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +116,8 @@ def load_task(dataset: str, data_dir: Path | None = None) -> LoadedTask:
     with quiet():
         judge = RowsTask(dataset, rows)
     source: Source = "bundled sample" if bundled else "hub" if from_hub else "local rows"
-    return LoadedTask(dataset, source, len(judge.eval_docs), judge)
+    variant = find_dataset(dataset).local_variant if source == "local rows" else None
+    return LoadedTask(dataset, source, variant, len(judge.eval_docs), judge)
 
 
 def evaluate(
@@ -120,32 +150,34 @@ def evaluate_lm(lm: Any, task: LoadedTask, *, limit: int | None = None) -> Evalu
     """Let any `lm_eval.api.model.LM` answer a task, lm-eval's own `HFLM` for example."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; expected at least one row, or None for all")
-    import lm_eval
     from lm_eval import evaluator
 
-    from wdmoe.bs.harness import quiet
+    from wdmoe.bs.harness import is_mean, quiet
 
     with quiet():
-        results = evaluator.evaluate(lm=lm, task_dict={"tasks": {task.dataset: task.judge}}, limit=limit)
+        # No bootstrap: for a perplexity it would draw 100,000 samples of all rows, on every core.
+        results = evaluator.evaluate(
+            lm=lm, task_dict={"tasks": {task.dataset: task.judge}}, limit=limit, bootstrap_iters=0
+        )
     samples = sorted(results["samples"][task.dataset], key=lambda sample: sample["doc_id"])
     values = results["results"][task.dataset]
-    metrics = samples[0]["metrics"]
-    stderr = {metric: values[f"{metric}_stderr,none"] for metric in metrics}
-    digest = hashlib.sha256("\n".join(f"{s['doc_hash']} {s['target_hash']}" for s in samples).encode())
+    metrics = {metric: float(values[f"{metric},none"]) for metric in samples[0]["metrics"]}
+    correct = {m: tuple(float(sample[m]) for sample in samples) for m in metrics if is_mean(task.judge, m)}
+    stderr = {metric: _mean_stderr(correct[metric]) if metric in correct else math.nan for metric in metrics}
+    if "perplexity" in metrics:  # the exponential of a mean: its error by the delta method
+        stderr["perplexity"] = metrics["perplexity"] * _mean_stderr([sample["perplexity"] for sample in samples])
     return Evaluation(
         dataset=task.dataset,
         source=task.source,
-        judge=f"lm-eval {lm_eval.__version__}, task {find_dataset(task.dataset).task_file} version {task.judge.VERSION}",
+        variant=task.variant,
+        judge=task.described_judge,
         rows=len(samples),
         rows_loaded=task.rows,
-        rows_digest=digest.hexdigest(),
-        metrics={metric: float(values[f"{metric},none"]) for metric in metrics},
-        # lm-eval says "N/A" where there is none.
-        stderr={metric: math.nan if isinstance(s, str) else float(s) for metric, s in stderr.items()},
-        correct={metric: tuple(float(sample[metric]) for sample in samples) for metric in metrics},
-        log_likelihoods=tuple(
-            tuple(float(log_likelihood) for log_likelihood, _ in sample["filtered_resps"]) for sample in samples
-        ),
+        rows_digest=task.digest(limit),
+        metrics=metrics,
+        stderr=stderr,
+        correct=correct,
+        log_likelihoods=tuple(_log_likelihoods(sample["filtered_resps"]) for sample in samples),
     )
 
 
@@ -153,19 +185,53 @@ def paired_difference(candidate: Evaluation, control: Evaluation, metric: str = 
     """Compare two evaluations row by row; positive where the candidate is better.
 
     Raises:
-        ValueError: the evaluations are not of the same rows.
+        ValueError: the evaluations are not of the same rows, or the metric has no value for each row.
     """
-    if candidate.rows_digest != control.rows_digest:
-        raise ValueError(
-            f"cannot compare {candidate.rows} rows of {candidate.dataset} ({candidate.source}) with "
-            f"{control.rows} of {control.dataset} ({control.source}): expected the same rows in both"
-        )
-    pairs = zip(candidate.correct[metric], control.correct[metric], strict=True)
-    points = [100.0 * (ours - theirs) for ours, theirs in pairs]
-    mean = math.fsum(points) / len(points)
-    squares = math.fsum((value - mean) ** 2 for value in points)
-    stderr = math.sqrt(squares / (len(points) - 1) / len(points)) if len(points) > 1 else math.nan
-    return PairedDifference(metric, len(points), mean, stderr)
+    return pooled_difference([candidate], [control], metric)
+
+
+def pooled_difference(
+    candidates: Sequence[Evaluation], controls: Sequence[Evaluation], metric: str = "acc"
+) -> PairedDifference:
+    """Compare all rows of several data sets together, each row once and each row alike.
+
+    Args:
+        candidates: one evaluation for each data set.
+        controls: of the same rows, in the same order.
+        metric: an accuracy that all of them have.
+
+    Raises:
+        ValueError: as in `paired_difference`; or nothing is to be compared.
+    """
+    if not candidates:
+        raise ValueError("nothing to compare: expected at least one evaluation")
+    points: list[float] = []
+    for candidate, control in zip(candidates, controls, strict=True):
+        if candidate.rows_digest != control.rows_digest:
+            raise ValueError(
+                f"cannot compare {candidate.rows} rows of {candidate.dataset} ({candidate.source}) with "
+                f"{control.rows} of {control.dataset} ({control.source}): expected the same rows in both"
+            )
+        if metric not in candidate.correct:
+            raise ValueError(
+                f"{candidate.dataset} has no {metric} for each row; it has {', '.join(candidate.correct) or 'none'}"
+            )
+        pairs = zip(candidate.correct[metric], control.correct[metric], strict=True)
+        points += [100.0 * (ours - theirs) for ours, theirs in pairs]
+    return PairedDifference(metric, len(points), math.fsum(points) / len(points), _mean_stderr(points))
+
+
+def _mean_stderr(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return math.nan
+    mean = math.fsum(values) / len(values)
+    squares = math.fsum((value - mean) ** 2 for value in values)
+    return math.sqrt(squares / (len(values) - 1) / len(values))
+
+
+def _log_likelihoods(responses: Sequence[Any]) -> tuple[float, ...]:
+    """One value per response, which is a pair with `greedy`, or alone where a whole text was scored."""
+    return tuple(float(response[0] if isinstance(response, tuple | list) else response) for response in responses)
 
 
 def _require_lm_eval() -> None:

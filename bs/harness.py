@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import json
 import logging
 import math
 import queue
@@ -22,19 +24,24 @@ from typing import Any
 import datasets
 import lm_eval.tasks
 from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import mean
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import ConfigurableTask
 
 # NOTE: a private module of lm-eval 0.4.13; the public TaskManager reads some ten thousand YAML files to find one,
 # and builds (so downloads) the task before its rows could be replaced.
 from lm_eval.tasks._yaml_loader import load_yaml
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, hash_string, make_disjoint_window
 
 from wdmoe.bs.questions import Answer, Choice, Question, Scorer
 from wdmoe.bs.rows import Row, find_dataset
 from wdmoe.runtime.errors import DataError, EngineError
 
 _logger = logging.getLogger(__name__)
+
+# Tokens of a whole text that are looked at together, at most; the memory that attention takes grows with the square.
+# lm-eval's HFLM gives the same numbers with `max_length` no larger than this.
+MAX_WINDOW = 2048
 
 
 class RowsTask(ConfigurableTask):  # type: ignore[misc]  # lm-eval ships no types
@@ -47,6 +54,7 @@ class RowsTask(ConfigurableTask):  # type: ignore[misc]  # lm-eval ships no type
 
     def __init__(self, dataset: str, rows: Sequence[Row] | None) -> None:
         self._rows = rows
+        self._docs: Any = None
         config = load_yaml(Path(lm_eval.tasks.__file__).parent / find_dataset(dataset).task_file)
         config["task"] = dataset
         if rows is not None:
@@ -71,6 +79,14 @@ class RowsTask(ConfigurableTask):  # type: ignore[misc]  # lm-eval ships no type
             super().download(dataset_kwargs, **kwargs)
         except OSError as error:
             raise DataError(self._hub_advice(str(error))) from error
+
+    @property
+    def eval_docs(self) -> Any:
+        """As in lm-eval, but what its `process_docs` makes of the rows is made once, and without a progress bar."""
+        if self._docs is None:
+            with quiet():
+                self._docs = super().eval_docs
+        return self._docs
 
     def build_all_requests(self, **kwargs: Any) -> None:
         """As in lm-eval, without its progress bar, which cannot be turned off otherwise."""
@@ -166,23 +182,29 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]  # lm-eval ships no types
             scores.update(zip(indices, zip(answer.log_likelihoods, answer.greedy, strict=True), strict=True))
         return [scores[index] for index in range(len(requests))]
 
+    def windows(self, name: str, text: str) -> list[Question]:
+        """Cut a whole text into windows, so that each token is scored once."""
+        windows = get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=min(self.max_length, MAX_WINDOW),
+            context_len=1,
+        )
+        disjoint = (make_disjoint_window(window) for window in windows)
+        return [
+            Question(f"{name} window {number}", (Choice(tuple(context), tuple(continuation)),))
+            for number, (context, continuation) in enumerate(disjoint)
+        ]
+
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Score whole texts in windows of `max_length` tokens, each token once."""
+        """Score whole texts in windows, each token once."""
         questions: list[Question] = []
         owners: list[int] = []  # of each window, the index of its request
         for owner, request in enumerate(requests):
             (text,) = request.args
-            windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            )
-            for number, window in enumerate(windows):
-                context, continuation = make_disjoint_window(window)
-                name = f"{request.task_name}/{request.doc_id} window {number}"
-                questions.append(Question(name, (Choice(tuple(context), tuple(continuation)),)))
-                owners.append(owner)
+            windows = self.windows(f"{request.task_name}/{request.doc_id}", text)
+            questions += windows
+            owners += [owner] * len(windows)
 
         left = Counter(owners)
 
@@ -235,16 +257,34 @@ class ScorerLM(TemplateLM):  # type: ignore[misc]  # lm-eval ships no types
         return answers
 
 
+def row_hashes(task: ConfigurableTask, rows: int) -> list[str]:
+    """Hash the first rows of a task and their targets, as lm-eval does in its samples."""
+
+    def row_hash(row: Any) -> str:
+        text = json.dumps(row, indent=2, default=handle_non_serializable, ensure_ascii=False)
+        return f"{hash_string(text)} {hash_string(str(task.doc_to_target(row)))}"
+
+    return [row_hash(row) for row in itertools.islice(task.eval_docs, rows)]
+
+
+def is_mean(task: ConfigurableTask, metric: str) -> bool:
+    """Whether a metric is the mean of one value per row, as every accuracy is."""
+    return task.aggregation()[metric] is mean
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep lm-eval's logs below errors to itself."""
+    """Keep lm-eval's logs below errors to itself, and the progress bars of `datasets`."""
     logger = logging.getLogger("lm_eval")
-    level = logger.level
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     try:
         yield
     finally:
         logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 def _reachable(url: str, timeout_s: float = 4.0) -> bool:

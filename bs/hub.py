@@ -32,6 +32,7 @@ from wdmoe.runtime.messages import (
 )
 
 HEARTBEAT_S = 1.0
+GOODBYE_WAIT_S = 0.5
 
 
 @dataclass(slots=True)
@@ -98,6 +99,7 @@ class Hub:
         self.devices: dict[str, Device] = {}
         self.refused: Counter[str] = Counter()  # why, how often
         self.clock = clock
+        self.last_turn_s = clock.now_s()
         self._link = link
         self._manifest = manifest
         self._roster = roster
@@ -114,7 +116,7 @@ class Hub:
 
     def turn(self, timeout_s: float) -> list[Event]:
         """Send what is queued, wait at most `timeout_s` for something to come, and tell what it was."""
-        now_s = self.clock.now_s()
+        self.last_turn_s = now_s = self.clock.now_s()
         if now_s >= self._next_ping_s:
             self._ping_all(now_s)
         outgoing, self._outbox = self._outbox, []
@@ -127,11 +129,17 @@ class Hub:
         self._link.wake()
 
     def close(self, reason: str) -> None:
-        """Say goodbye to every device, so that it looks for the next base station at once."""
+        """Say goodbye to every device and wait a moment for its answer, so that it looks for the next base station.
+
+        Without the wait, what a device sends meanwhile would be unread when the socket closes; TCP then resets the
+        connection, and the goodbye is lost with it.
+        """
         for name in self.devices:
             self.send(name, Message(Goodbye(reason)))
-        self._link.exchange(self._outbox, 0.0)
-        self._outbox = []
+        self._next_ping_s = float("inf")
+        deadline_s = self.clock.now_s() + GOODBYE_WAIT_S
+        while self.devices and (left_s := deadline_s - self.clock.now_s()) > 0:
+            self.turn(left_s)
 
     def missing_experts(self) -> list[tuple[int, int]]:
         """Return the (block, expert) that no connected device serves."""

@@ -18,7 +18,7 @@ from wdmoe.runtime.messages import MAX_ROWS
 
 
 class KvCache:
-    """Keys and values of one sequence, for every block: grows by appending, never moves what it holds."""
+    """Keys and values of one sequence, for every block: grows by appending, moves what it holds only in `reserve`."""
 
     def __init__(self, n_blocks: int, kv_dim: int, capacity: int) -> None:
         self.length = 0  # tokens that every block holds
@@ -43,6 +43,23 @@ class KvCache:
     def advance(self, tokens: int) -> None:
         """Count the tokens of a finished microbatch as past."""
         self.length += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot keep {length} tokens of a KV cache that holds {self.length}")
+        self.length = length
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for `capacity` tokens in all; what is held is copied where it must move."""
+        if capacity > self.capacity:
+            self._keys, self._values = (self._moved(held, capacity) for held in (self._keys, self._values))
+
+    def _moved(self, held: Floats, capacity: int) -> Floats:
+        n_blocks, _, kv_dim = held.shape
+        moved = np.zeros((n_blocks, capacity, kv_dim), np.float32)
+        moved[:, : self.length] = held[:, : self.length]
+        return moved
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,6 +158,21 @@ class Pipeline:
             self._flights.clear()
             self._landed.clear()
 
+    @property
+    def in_flight(self) -> int:
+        """Microbatches on their way."""
+        return len(self._flights)
+
+    def idle(self, timeout_s: float) -> None:
+        """Keep the devices while nothing runs: heartbeats, hellos, probes of what is blocked."""
+        for event in self._hub.turn(timeout_s):
+            self.requests.on_event(event)
+        self.requests.check()
+
+    def wake(self) -> None:
+        """Let a waiting `idle` return early; may be called from any thread."""
+        self._hub.wake()
+
     def close(self) -> None:
         """Stop the worker."""
         self._worker.close()

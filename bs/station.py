@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from wdmoe.bs.config import StationConfig
+from wdmoe.bs.health import serve_health, snapshot
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
 from wdmoe.bs.pipeline import Outcome, Pipeline
@@ -72,10 +73,12 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
 
         skip_lost = config.when_lost == "skip"
         pipeline = Pipeline(hub, stages, manifest, make_worker, config.wire, _held(config, folder, manifest), skip_lost)
-        try:
+        with ExitStack() as stack:
+            stack.callback(pipeline.close)
+            if config.health is not None:
+                url = stack.enter_context(serve_health(config.health, lambda: snapshot(hub, pipeline, manifest)))
+                say(f"health at {url}")
             yield Station(config, folder, manifest, hub, pipeline)
-        finally:
-            pipeline.close()
 
 
 def _held(config: StationConfig, folder: Path, manifest: BsManifest) -> HeldExperts | None:

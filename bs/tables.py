@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -11,24 +12,63 @@ from rich.table import Table
 from rich.text import Text
 
 from wdmoe.bs.experiment import PolicyRun
+from wdmoe.bs.quality import PERPLEXITY_SET, Quality, QualityBar, judge
 
 _CALL_ROWS = (1, 16, 256)
+_COSTS = ("p50", "p95", "wait", "MB down", "up", "drop", "theta")
 
 
-def policy_table(runs: Sequence[PolicyRun], link: str, devices: int) -> Group:
-    """Show policies side by side: accuracy and latency, never one without the other."""
+@dataclass(frozen=True, slots=True)
+class _Metric:
+    """How a metric of the judge is shown: value and standard error to text."""
+
+    heading: str
+    note: str
+    show: Callable[[float, float], str]
+
+
+_ACCURACY = "acc, norm: percent right, plain and by length, ± standard error"
+_PERPLEXITY = "ppl: perplexity of a word (lambada: of the last one)"
+_METRICS = {
+    "acc": _Metric("acc %", _ACCURACY, lambda value, stderr: f"{100 * value:.1f} ±{100 * stderr:.1f}"),
+    "acc_norm": _Metric("norm", _ACCURACY, lambda value, _: f"{100 * value:.1f}"),
+    "perplexity": _Metric("ppl", _PERPLEXITY, lambda value, _: f"{value:.4g}"),
+    "word_perplexity": _Metric("ppl", _PERPLEXITY, lambda value, _: f"{value:.4g}"),
+    "bits_per_byte": _Metric("bits", "bits: of a byte of text", lambda value, _: f"{value:.3f}"),
+}
+
+
+def policy_tables(runs: Sequence[PolicyRun], link: str, devices: int) -> Group:
+    """Show policies side by side, a table per data set: how well and how fast, never one without the other."""
+    by_dataset: dict[str, list[PolicyRun]] = {}
+    for run in runs:
+        by_dataset.setdefault(run.evaluation.dataset, []).append(run)
+    shown = [name for name in _METRICS if any(name in run.evaluation.metrics for run in runs)]
+    notes = dict.fromkeys(_METRICS[name].note for name in shown)
+    note = (
+        f"{'; '.join(notes)}; vs exact: paired difference of acc in points, or ratio of ppl; "
+        "p50, p95, wait: ms a question, wait: only devices are at work; MB: rows down and up; "
+        "drop: of the droppable (token, device) pairs"
+    )
+    tables = [_policy_table(of_dataset, link, devices) for of_dataset in by_dataset.values()]
+    return Group(*tables, Text(note, style="dim"))
+
+
+def _policy_table(runs: Sequence[PolicyRun], link: str, devices: int) -> Group:
     first = runs[0].evaluation
-    table = _table(f"{first.dataset}: {first.rows} rows ({first.source}), {devices} devices over {link}")
-    table.add_column("policy", overflow="fold", min_width=5)
-    for heading in ("acc %", "norm", "vs exact", "p50", "p95", "wait", "MB down", "up", "drop", "theta"):
+    source = first.source if first.variant is None else f"{first.source}, local variant"
+    title = f"{first.dataset}: {first.rows} rows ({source}), {devices} devices over {link}"
+    table = _table()
+    table.add_column("policy", overflow="fold", min_width=len("policy"))
+    metrics = {name: how for name, how in _METRICS.items() if name in first.metrics}
+    for heading in (*(how.heading for how in metrics.values()), "vs exact", *_COSTS):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
-        evaluation, summary = run.evaluation, run.summary
+        summary = run.summary
         table.add_row(
             run.policy,
-            f"{100 * evaluation.metrics['acc']:.1f} ±{100 * evaluation.stderr['acc']:.1f}",
-            f"{100 * evaluation.metrics['acc_norm']:.1f}" if "acc_norm" in evaluation.metrics else "-",
-            "-" if run.to_exact is None else f"{run.to_exact.mean_points:+.1f} ±{run.to_exact.stderr_points:.1f}",
+            *(how.show(run.evaluation.metrics[name], run.evaluation.stderr[name]) for name, how in metrics.items()),
+            _to_exact(run),
             f"{summary.latency_p50_ms:.0f}",
             f"{summary.latency_p95_ms:.0f}",
             f"{summary.waiting_ms:.0f}",
@@ -37,35 +77,83 @@ def policy_table(runs: Sequence[PolicyRun], link: str, devices: int) -> Group:
             f"{100 * summary.dropped_share:.0f}%",
             "-" if summary.theta_mean is None else f"{summary.theta_mean:.2f}",
         )
-    return _with_note(
-        table,
-        "acc, norm: percent right, plain and by length, ± standard error; vs exact: paired difference of acc, "
-        "points; p50, p95, wait: ms a question, wait: only devices are at work; MB: rows down and up; "
-        "drop: of the droppable (token, device) pairs",
-    )
+    return _with_note(title, table, "" if first.variant is None else f"local variant: {first.variant}\n")
 
 
 def time_table(runs: Sequence[PolicyRun]) -> Group:
     """Show where the time of a question goes, and how much was done in all."""
-    table = _table("Where the time of a question goes, mean ms")
-    for heading in ("policy", "latency", "BS stages", "device", "other", "tokens/s", "wall s"):
-        table.add_column(heading, justify="left" if heading == "policy" else "right", no_wrap=heading != "policy")
+    title = "Where the time of a question goes, mean ms"
+    table = _table()
+    several = len({run.evaluation.dataset for run in runs}) > 1
+    if several:
+        table.add_column("data set", no_wrap=True)
+    table.add_column("policy", overflow="fold", min_width=5)
+    for heading in ("latency", "BS stages", "device", "other", "tokens/s", "wall s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
         summary = run.summary
         other = summary.latency_mean_ms - summary.bs_ms - summary.device_ms
         table.add_row(
+            *([run.evaluation.dataset] if several else []),
             run.policy,
             *(f"{ms:.0f}" for ms in (summary.latency_mean_ms, summary.bs_ms, summary.device_ms, other)),
             f"{summary.tokens / run.wall_s:.0f}",
             f"{run.wall_s:.1f}",
         )
-    return _with_note(table, "device: the slowest of each block; other: shared experts, the link, queues, hand-over")
+    return _with_note(
+        title, table, "device: the slowest of each block; other: shared experts, the link, queues, hand-over"
+    )
+
+
+def quality_table(quality: Quality, bar: QualityBar, text_variant: str | None) -> Group:
+    """Show a policy's distance from exact, each criterion with its bound and its verdict."""
+    criteria = judge(quality, bar)
+    passed = all(criterion.reached for criterion in criteria)
+    title = f"{quality.policy} {'reaches' if passed else 'misses'} the quality bar"
+    table = _table()
+    table.add_column("criterion", no_wrap=True)
+    for heading in ("value", "bar"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    text, divergence = quality.text, quality.divergence
+    details = (
+        f"{text.exact_perplexity:.2f} -> {text.policy_perplexity:.2f}, {text.tokens:,} tokens",
+        f"largest {divergence.largest:.3g}, {divergence.positions:,} places",
+        f"{quality.accuracy.mean_points:+.2f} ±{quality.accuracy.stderr_points:.2f} points",
+        ", ".join(f"{exact.dataset} {exact.rows:,}" for exact, _ in quality.evaluations),
+    )
+    table.add_column("from", overflow="fold")
+    shown = ("{:.4f}", "{:.5f}", "{:+.2f}", "{:,.0f}")
+    for criterion, form, detail in zip(criteria, shown, details, strict=True):
+        sign = "<=" if criterion.at_most else ">="
+        bound = f"{criterion.bound:,g}"
+        table.add_row(
+            criterion.name,
+            form.format(criterion.value),
+            f"{sign} {bound}",
+            "pass" if criterion.reached else "miss",
+            detail,
+        )
+    sets = {exact.dataset: exact for exact, _ in quality.evaluations}
+    by_dataset = "; ".join(
+        f"{name} {100 * sets[name].metrics['acc']:.1f} {points.mean_points:+.2f} ±{points.stderr_points:.2f}"
+        for name, points in quality.by_dataset().items()
+    )
+    variants = {PERPLEXITY_SET: text_variant} | {name: exact.variant for name, exact in sets.items()}
+    summary = quality.summary
+    lines = [
+        f"acc %, exact, then the difference in points: {by_dataset}",
+        *(f"local variant of {name}: {variant}" for name, variant in variants.items() if variant is not None),
+        f"dropped: {100 * summary.dropped_share:.1f} % of the pairs, {100 * summary.gate_mass_dropped:.1f} % of the gate",
+    ]
+    return _with_note(title, table, "\n".join(lines))
 
 
 def device_table(devices: Sequence[dict[str, Any]], missing: Sequence[int]) -> Group:
     """Show who is connected, with what, and how fast."""
     absent = f"; missing: {', '.join(f'device-{k}' for k in missing)}" if missing else ""
-    table = _table(f"{len(devices)} devices connected{absent}")
+    title = f"{len(devices)} devices connected{absent}"
+    table = _table()
     table.add_column("device", no_wrap=True)
     table.add_column("experts", justify="right", no_wrap=True)
     table.add_column("engine", no_wrap=True)
@@ -83,14 +171,46 @@ def device_table(devices: Sequence[dict[str, Any]], missing: Sequence[int]) -> G
             *(f"{calls[str(rows)]:.2f}" if str(rows) in calls else "-" for rows in _CALL_ROWS),
         )
     rows = ", ".join(map(str, _CALL_ROWS))
-    return _with_note(table, f"rtt: round trip, ms; then measured ms of one expert call with {rows} rows")
+    return _with_note(title, table, f"rtt: round trip, ms; then measured ms of one expert call with {rows} rows")
 
 
-def _table(title: str) -> Table:
-    return Table(
-        title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False
+def _to_exact(run: PolicyRun) -> str:
+    if run.to_exact is not None:
+        return f"{run.to_exact.mean_points:+.1f} ±{run.to_exact.stderr_points:.1f}"
+    return "-" if run.perplexity_ratio is None else f"x {run.perplexity_ratio:.4f}"
+
+
+def status_table(answer: dict[str, Any]) -> Group:
+    """Show how a running base station is."""
+    title = f"{answer['model']}: {answer['status']}, {answer['in_flight']} in flight"
+    table = _table()
+    table.add_column("device", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for heading in ("heard s ago", "rtt ms", "x slower"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("why")
+    for device in answer["devices"]:
+        table.add_row(
+            device["name"],
+            device["state"],
+            f"{device['last_heard_s']:.1f}",
+            f"{device['round_trip_ms']:.2f}",
+            f"{device['correction']:.1f}",
+            device["reason"],
+        )
+    for name in answer["gone"]:
+        table.add_row(name, "gone", "-", "-", "-", "")
+    counts = ", ".join(
+        f"{key.replace('_', ' ')} {answer[key]}" for key in ("replaced", "hedged", "skipped", "late_replies")
     )
+    refused = "".join(f"\nrefused {count} x: {text}" for text, count in answer["refused"].items())
+    return _with_note(title, table, counts + refused)
 
 
-def _with_note(table: Table, note: str) -> Group:
-    return Group(table, Text(note, style="dim"))
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
+
+
+def _with_note(title: str, table: Table, note: str) -> Group:
+    # A title of the table's own would be folded to the table's width.
+    return Group(Text(title, style="italic"), table, Text(note, style="dim"))

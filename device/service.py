@@ -117,7 +117,8 @@ class DeviceService:
                 return [], None
             case Goodbye():
                 self.welcomed = False
-                return [], None
+                self._last_hello_s = now_s  # the next hello is for the next base station, not for this one
+                return [Message(Goodbye("heard"))], None
             case other:
                 return [Message(ErrorReport(f"a device does not take {type(other).__name__}"))], None
 

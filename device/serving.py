@@ -37,7 +37,7 @@ def serve(
     was_welcome = False
     hint_s = service.clock.now_s() + _HINT_AFTER_S
     while not stop.is_set():
-        if not was_welcome and service.clock.now_s() > hint_s:
+        if service.clock.now_s() > hint_s:
             hint_s = float("inf")
             say(
                 f"{service.name}: no answer from the base station yet; is it running there? "
@@ -63,5 +63,6 @@ def serve(
             raise WdmoeError(f"the base station refused {service.name}: {service.refused}")
         if service.welcomed != was_welcome:
             was_welcome = service.welcomed
+            hint_s = float("inf")
             say(f"{service.name}: " + ("serving" if was_welcome else "base station gone, waiting for it"))
     link.exchange([Parcel(BS, encode(Message(Goodbye("stopped by its operator"))))], 0.0)

@@ -2,45 +2,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from inprocess import make_service
 
 from wdmoe.bs.cli import main
 from wdmoe.bs.config import StationConfig
-from wdmoe.device.serving import serve
-from wdmoe.runtime.clock import RealClock
 from wdmoe.runtime.keys import decode_token, read_key
-from wdmoe.runtime.links import dial, is_loopback, listen
-from wdmoe.runtime.worker import ThreadWorker
-
-
-@pytest.fixture
-def address(bundle: Path) -> Iterator[str]:
-    """Four devices on threads of this process that dial a free port over loopback."""
-    probe = listen("tcp://127.0.0.1:0", 1 << 20)
-    chosen = probe.address
-    probe.close()
-    stop = threading.Event()
-    links, threads = [], []
-    for k in range(4):
-        service = make_service(bundle / f"device-{k}", RealClock())  # type: ignore[arg-type]
-        link = dial(chosen, 1 << 20)
-        worker: ThreadWorker = ThreadWorker("engine", link.wake)  # type: ignore[type-arg]
-        threads.append(threading.Thread(target=serve, args=(service, link, worker, stop, lambda _: None)))
-        threads[-1].start()
-        links.append((link, worker))
-    yield chosen
-    stop.set()
-    for thread, (link, worker) in zip(threads, links, strict=True):
-        link.wake()
-        thread.join()
-        worker.close()
-        link.close()
+from wdmoe.runtime.links import is_loopback
 
 
 def test_a_run_shows_accuracy_and_latency_of_each_policy(bundle: Path, address: str, tmp_path: Path) -> None:
@@ -110,7 +80,7 @@ def test_a_damaged_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1 and "head.onnx: missing; copy the folder again" in result.output
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["devices"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["quality"], ["devices"]])
 def test_help_shows_defaults_and_examples(command: list[str]) -> None:
     result = CliRunner().invoke(main, [*command, "--help"])
     assert result.exit_code == 0

@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from wdmoe.bs.evaluation import Evaluation, LoadedTask, evaluate, evaluate_lm, load_task, paired_difference
+from wdmoe.bs.evaluation import (
+    Evaluation,
+    LoadedTask,
+    evaluate,
+    evaluate_lm,
+    load_task,
+    paired_difference,
+    pooled_difference,
+)
 from wdmoe.bs.questions import Answer, Choice, Question
 from wdmoe.runtime.errors import DataError, EngineError, WdmoeError
 
@@ -155,9 +163,14 @@ def test_a_task_gives_the_same_evaluation_each_time(task: LoadedTask) -> None:
     assert run(task) == run(task)
 
 
-def test_the_judge_keeps_its_progress_and_logs_to_itself(task: LoadedTask, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_judge_keeps_its_progress_and_logs_to_itself(
+    task: LoadedTask, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     load_task("piqa-sample")
     run(task)
+    # Its rows go through a function of the task, for which `datasets` would show a bar.
+    rows = [{"query": f"Walking: step {number}", "choices": list("abcd"), "gold": 1} for number in range(3)]
+    run(write_lines(tmp_path, "hellaswag", "validation.jsonl", "\n".join(map(json.dumps, rows))), TableScorer())
     assert capfd.readouterr() == ("", "")
 
 
@@ -177,6 +190,72 @@ def test_only_evaluations_of_the_same_rows_are_compared(task: LoadedTask) -> Non
     with pytest.raises(ValueError, match=r"cannot compare 2 rows of piqa .* with 3 of piqa"):
         paired_difference(run(task, limit=2), run(task))
     assert paired_difference(run(task), replace(run(task), source="hub")).rows == 3
+
+
+def test_pooling_takes_every_row_of_every_set_alike(task: LoadedTask, tmp_path: Path) -> None:
+    more = write_task(tmp_path, ROWS[:1])
+    control = [run(task), run(more)]
+    candidate = [run(task, TableScorer(lambda text: -1.0 if "wind" in text else LOG_LIKELIHOODS[text])), run(more)]
+    pooled = pooled_difference(candidate, control)
+    assert (pooled.rows, pooled.mean_points) == pytest.approx((4, 25.0))  # differences 0, 1, 0 and 0
+    assert pooled.stderr_points == pytest.approx(25.0)  # sqrt((3/16 + 9/16) / 3 / 4)
+    with pytest.raises(ValueError, match=r"cannot compare 3 rows of piqa .* with 1 of piqa"):
+        pooled_difference(candidate, control[::-1])
+    with pytest.raises(ValueError, match="nothing to compare"):
+        pooled_difference([], [])
+
+
+def write_lines(folder: Path, dataset: str, file: str, text: str) -> LoadedTask:
+    (folder / dataset).mkdir()
+    (folder / dataset / file).write_text(text)
+    return load_task(dataset, folder)
+
+
+def test_the_last_word_has_accuracy_and_perplexity(tmp_path: Path) -> None:
+    rows = [{"context": "ice can", "continuation": "melt"}, {"context": "a bird can", "continuation": "sing"}]
+    task = write_lines(tmp_path, "lambada", "test.jsonl", "\n".join(map(json.dumps, rows)))
+    scorer = TableScorer({" melt": -9.0, " sing": -10.0}.__getitem__)
+    evaluation = run(task, scorer)
+    assert prompts(scorer.asked) == [[("ice can", " melt")], [("a bird can", " sing")]]
+    assert evaluation.metrics == pytest.approx({"perplexity": math.exp(9.5), "acc": 0.5})
+    # Of the mean log-likelihood 0.5; through the exponential by the delta method.
+    assert evaluation.stderr == pytest.approx({"perplexity": 0.5 * math.exp(9.5), "acc": 0.5})
+    assert evaluation.correct == {"acc": (1.0, 0.0)}  # greedy, as the scorer says
+    assert evaluation.log_likelihoods == ((-9.0,), (-10.0,))
+    assert evaluation.perplexity == evaluation.metrics["perplexity"]
+
+
+def test_running_text_has_perplexities_but_no_right_rows(tmp_path: Path) -> None:
+    task = write_lines(tmp_path, "wikitext2", "test.txt", " = Ice = \n Ice floats . \n = Sun = \n Hot . \n")
+    announced: list[None] = []
+    evaluation = run(task, prefix_token_id=0, scorer=TableScorer(), on_question=lambda: announced.append(None))
+    texts = [" = Ice =\nIce floats. ", " = Sun =\nHot. "]
+    assert evaluation.log_likelihoods == tuple((-float(len(text)),) for text in texts)
+    nats, words, size = sum(map(len, texts)), 8 + 7, len(" = Ice = \n Ice floats . ") + len(" = Sun = \n Hot . ")
+    assert evaluation.metrics == pytest.approx(
+        {
+            "word_perplexity": math.exp(nats / words),  # words as split at white space, before and after too
+            "byte_perplexity": math.exp(nats / size),
+            "bits_per_byte": nats / size / math.log(2),
+        }
+    )
+    assert all(math.isnan(stderr) for stderr in evaluation.stderr.values())
+    assert (evaluation.correct, len(announced), task.has_accuracy) == ({}, 2, False)
+    assert evaluation.perplexity == evaluation.metrics["word_perplexity"]
+    assert evaluation.variant is not None and "<unk>" in evaluation.variant
+    with pytest.raises(ValueError, match="wikitext2 has no acc for each row; it has none"):
+        paired_difference(evaluation, evaluation)
+
+
+def test_a_variant_is_one_of_local_rows_only(task: LoadedTask) -> None:
+    assert run(task).variant is None and load_task("piqa-sample").variant is None
+
+
+def test_the_digest_is_known_before_and_follows_the_rows_and_the_limit(task: LoadedTask, tmp_path: Path) -> None:
+    evaluation = run(task, limit=2)
+    assert evaluation.rows_digest == task.digest(2) != task.digest() == task.digest(9) == run(task).rows_digest
+    flipped = write_task(tmp_path, [(*row[:3], 1 - row[3]) for row in ROWS])
+    assert flipped.digest() != task.digest()
 
 
 def test_long_prompts_lose_their_first_tokens(task: LoadedTask, caplog: pytest.LogCaptureFixture) -> None:
@@ -273,6 +352,12 @@ def test_rolling_scores_each_token_once_in_windows() -> None:
     assert [decode(choice.context) for choice in first] == [decode([0]), "d", "fgh"]
     assert scorer.asked[2].name == "made-up/0 window 2"
     assert len(announced) == 2
+
+
+def test_whole_texts_are_read_in_windows_of_2048_tokens_at_most() -> None:
+    windows = scorer_lm(TableScorer(), max_length=9000, prefix_token_id=0).windows("text", "x" * 5000)
+    assert [len(window.choices[0].continuation) for window in windows] == [2048, 2048, 904]
+    assert max(len(w.choices[0].context) + len(w.choices[0].continuation) for w in windows) == 2049
 
 
 def test_generation_is_refused() -> None:

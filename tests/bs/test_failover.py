@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from inprocess import System, open_system, run_sequence
 
+from wdmoe.bs.dispatch import combine
 from wdmoe.bs.fleet import Health
 from wdmoe.bs.microbatch import pack_sequence
 from wdmoe.bs.policies import Exact, Wlr
@@ -185,17 +187,14 @@ def test_another_policy_may_skip_what_is_lost_and_counts_it(bundle: Path) -> Non
 
 
 def test_what_is_skipped_is_made_up_for_by_scaling_the_rest() -> None:
-    from wdmoe.bs.dispatch import combine
-
     ones = np.ones((3, 2), np.float32)
     partials = [(np.array([0, 1, 2]), 0.6 * ones)]
     total = combine(3, 2, partials, np.array([0.4, 0.0, 1.0], np.float32), shared=np.full((3, 2), 5, np.float32))
-    np.testing.assert_allclose(total, [[6, 6], [5.6, 5.6], [5, 5]], rtol=1e-6)
+    expected = np.array([[6, 6], [5.6, 5.6], [5, 5]], np.float32)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
 
 
 def test_held_experts_are_checked_when_they_are_loaded(bundle: Path, tmp_path: Path) -> None:
-    import shutil
-
     for name in ("bs", "experts"):
         shutil.copytree(bundle / name, tmp_path / name)
     for path in (tmp_path / "experts").glob("*.safetensors"):

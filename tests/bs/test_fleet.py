@@ -41,7 +41,8 @@ def test_a_penalty_does_not_unblock() -> None:
 def test_probes_pause_longer_each_time_up_to_a_limit() -> None:
     fleet = Fleet()
     fleet.block("a", "lost", 0.0)
-    now_s, pauses = 0.0, []
+    now_s = 0.0
+    pauses: list[float] = []
     last_s = 0.0
     while len(pauses) < 9:
         now_s += 0.5

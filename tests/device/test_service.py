@@ -87,7 +87,8 @@ def test_it_says_hello_until_it_is_welcome_and_again_when_the_base_station_falls
 
 def test_a_goodbye_makes_it_look_for_the_next_base_station(service: DeviceService) -> None:
     service.on_message(Message(Welcome(PROTOCOL_VERSION, 1.0)))
-    service.on_message(Message(Goodbye("done")))
+    assert service.on_message(Message(Goodbye("done"))) == ([Message(Goodbye("heard"))], None)
+    assert service.on_tick() == []  # not on this connection
     service.clock.advance(1.0)  # type: ignore[attr-defined]
     assert len(service.on_tick()) == 1
 

@@ -1,0 +1,300 @@
+"""How far a policy is from exact: perplexity ratio, divergence on answer tokens, pooled paired accuracy.
+
+All three come from the same pipeline in the same run. For choice questions exact and every policy answer one
+question before the next is asked, so that only one question's logits are ever held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from wdmoe.bs.evaluation import Evaluation, LoadedTask, PairedDifference, evaluate, paired_difference, pooled_difference
+from wdmoe.bs.microbatch import Result, answer_of, pack_question
+from wdmoe.bs.pipeline import Pipeline
+from wdmoe.bs.policies import Exact, Policy
+from wdmoe.bs.questions import Answer, Choice, Question
+from wdmoe.bs.records import Record, Summary, summarise
+from wdmoe.bs.routing import Floats
+from wdmoe.bs.scoring import DistributedScorer
+
+ACCURACY_SETS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
+PERPLEXITY_SET = "wikitext2"
+_KL_ROWS = 32  # rows of logits in float64 at once
+
+
+@dataclass(frozen=True, slots=True)
+class QualityBar:
+    """What a policy has to reach."""
+
+    perplexity_ratio: float = 1.02  # at most
+    divergence: float = 0.02  # mean KL in nats, at most
+    points: float = -1.0  # lower end of the 95 % interval of the paired accuracy difference, at least
+    rows: int = 5000  # behind that interval, at least
+
+
+@dataclass(frozen=True, slots=True)
+class TextLikelihood:
+    """The same tokens of running text, read exactly and under a policy."""
+
+    tokens: int
+    exact: float  # sum of log-probabilities, natural logarithm
+    policy: float
+
+    @property
+    def exact_perplexity(self) -> float:
+        """Perplexity of a token, exactly."""
+        return math.exp(-self.exact / self.tokens)
+
+    @property
+    def policy_perplexity(self) -> float:
+        """Perplexity of a token under the policy."""
+        return math.exp(-self.policy / self.tokens)
+
+    @property
+    def ratio(self) -> float:
+        """The policy's perplexity over the exact one."""
+        return math.exp((self.exact - self.policy) / self.tokens)
+
+
+@dataclass(slots=True)
+class Divergence:
+    """KL(exact || policy) over the whole vocabulary, wherever a token of an answer is predicted."""
+
+    positions: int = 0  # what two choices share counts once
+    total: float = 0.0  # nats
+    largest: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        """Nats a position."""
+        return self.total / self.positions if self.positions else math.nan
+
+    def add(self, values: npt.NDArray[np.float64]) -> None:
+        """Count some positions."""
+        self.positions += len(values)
+        self.total += float(values.sum())
+        self.largest = max(self.largest, float(values.max(initial=0.0)))
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """One policy against exact."""
+
+    policy: str
+    text: TextLikelihood
+    divergence: Divergence
+    accuracy: PairedDifference  # all rows of all data sets together
+    evaluations: tuple[tuple[Evaluation, Evaluation], ...]  # exact and policy, for each data set
+    summary: Summary  # of its choice questions, one at a time
+
+    def by_dataset(self) -> dict[str, PairedDifference]:
+        """Compare each data set by itself."""
+        return {exact.dataset: paired_difference(policy, exact) for exact, policy in self.evaluations}
+
+
+@dataclass(frozen=True, slots=True)
+class Criterion:
+    """One part of the verdict."""
+
+    name: str
+    value: float
+    bound: float
+    at_most: bool  # the bound is the largest value that passes; otherwise the smallest
+
+    @property
+    def reached(self) -> bool:
+        """Whether the policy passes; a value that is not a number does not."""
+        return self.value <= self.bound if self.at_most else self.value >= self.bound
+
+
+def judge(quality: Quality, bar: QualityBar) -> list[Criterion]:
+    """Hold a policy against the bar; it passes where every criterion is reached."""
+    return [
+        Criterion("perplexity ratio", quality.text.ratio, bar.perplexity_ratio, at_most=True),
+        Criterion("mean KL, nats", quality.divergence.mean, bar.divergence, at_most=True),
+        Criterion("acc, lower 95 % end", quality.accuracy.interval_points[0], bar.points, at_most=False),
+        Criterion("rows behind it", quality.accuracy.rows, bar.rows, at_most=False),
+    ]
+
+
+class ComparingScorer:
+    """A `Scorer` that answers exactly; each policy answers the same question right after.
+
+    Args:
+        pipeline: runs the microbatches.
+        policies: what to compare with exact.
+        window: of the model's attention.
+    """
+
+    def __init__(self, pipeline: Pipeline, policies: Sequence[Policy], window: int | None) -> None:
+        self.answers: dict[str, dict[str, Answer]] = {policy.describe(): {} for policy in policies}
+        self.divergences = {name: Divergence() for name in self.answers}
+        self.records: dict[str, list[Record]] = {name: [] for name in self.answers}
+        self._pipeline = pipeline
+        self._policies = policies
+        self._window = window
+
+    def score(
+        self, questions: Sequence[Question], on_answer: Callable[[int, Answer], None] | None = None
+    ) -> list[Answer]:
+        """Return the exact answers, in order; see `Scorer`."""
+        answers = []
+        for number, question in enumerate(questions):
+            exact, _ = self._run(question, Exact())
+            answers.append(answer_of(question, exact))
+            for policy in self._policies:
+                name = policy.describe()
+                result, record = self._run(question, policy)
+                self.answers[name][question.name] = answer_of(question, result)
+                self.records[name].append(record)
+                assert exact.logits is not None and result.logits is not None
+                self.divergences[name].add(kl_divergence(exact.logits, result.logits))
+            if on_answer is not None:
+                on_answer(number, answers[-1])
+        return answers
+
+    def _run(self, question: Question, policy: Policy) -> tuple[Result, Record]:
+        microbatch = replace(pack_question(question, self._window), want_logits=True)
+        ((_, result, record),) = self._pipeline.run([microbatch], policy)
+        return result, record
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedScorer:
+    """A `Scorer` that has answered before."""
+
+    answers: dict[str, Answer] = field(repr=False)  # by question name
+
+    def score(
+        self, questions: Sequence[Question], on_answer: Callable[[int, Answer], None] | None = None
+    ) -> list[Answer]:
+        """Return the answers as they were, without announcing them; see `Scorer`."""
+        return [self.answers[question.name] for question in questions]
+
+
+def kl_divergence(exact: Floats, other: Floats) -> npt.NDArray[np.float64]:
+    """Return KL(exact || other) of each row of logits [m, vocab], in nats, computed in float64: [m]."""
+    values = np.empty(len(exact))
+    for start in range(0, len(exact), _KL_ROWS):
+        part = slice(start, start + _KL_ROWS)
+        p, q = _log_softmax(exact[part]), _log_softmax(other[part])
+        values[part] = (np.exp(p) * (p - q)).sum(axis=1)
+    return values
+
+
+def text_windows(
+    task: LoadedTask,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    tokens: int | None = None,
+    prefix_token_id: int | None = None,
+) -> list[Question]:
+    """Cut the documents of a whole-text task into windows, as the judge does.
+
+    Args:
+        task: such as wikitext2.
+        tokenizer: as in `evaluate`.
+        max_length: as in `evaluate`.
+        tokens: only the first ones, counted over documents; None: all.
+        prefix_token_id: as in `evaluate`.
+    """
+    from wdmoe.bs.harness import ScorerLM
+
+    windows = ScorerLM(RecordedScorer({}), tokenizer, max_length, prefix_token_id=prefix_token_id).windows
+    left = math.inf if tokens is None else tokens
+    questions: list[Question] = []
+    for number, row in enumerate(task.judge.eval_docs):
+        for question in windows(f"{task.dataset}/{number}", task.judge.doc_to_target(row)):
+            if left <= 0:
+                return questions
+            (choice,) = question.choices
+            if len(choice.continuation) > left:
+                choice = Choice(choice.context, choice.continuation[: int(left)])
+            questions.append(Question(question.name, (choice,)))
+            left -= len(choice.continuation)
+    return questions
+
+
+def measure_quality(
+    pipeline: Pipeline,
+    policies: Sequence[Policy],
+    tasks: Sequence[LoadedTask],
+    text: Sequence[Question],
+    tokenizer: Any,
+    *,
+    max_length: int,
+    window: int | None,
+    in_flight: int = 1,
+    limit: int | None = None,
+    prefix_token_id: int | None = None,
+    on_step: Callable[[str], None] = lambda name: None,
+) -> list[Quality]:
+    """Compare policies with exact.
+
+    Args:
+        pipeline: runs the microbatches.
+        policies: what to compare.
+        tasks: choice questions, each with a row-wise `acc`.
+        text: as `text_windows` cuts it.
+        tokenizer: as in `evaluate`.
+        max_length: as in `evaluate`.
+        window: of the model's attention.
+        in_flight: windows of text at a time.
+        limit: only the first rows of each task.
+        prefix_token_id: as in `evaluate`.
+        on_step: called with `PERPLEXITY_SET` for each window under exact and under each policy, and with the name
+            of a data set for each of its rows.
+    """
+    likelihoods = [
+        _text_likelihood(DistributedScorer(pipeline, policy, in_flight, window), text, on_step)
+        for policy in (Exact(), *policies)
+    ]
+    tokens = sum(len(question.choices[0].continuation) for question in text)
+    scorer = ComparingScorer(pipeline, policies, window)
+    pairs: dict[str, list[tuple[Evaluation, Evaluation]]] = {policy.describe(): [] for policy in policies}
+    for task in tasks:
+
+        def answer(by: ComparingScorer | RecordedScorer, dataset: str | None, task: LoadedTask = task) -> Evaluation:
+            return evaluate(
+                task,
+                by,
+                tokenizer,
+                max_length=max_length,
+                limit=limit,
+                on_question=None if dataset is None else lambda: on_step(dataset),
+                prefix_token_id=prefix_token_id,
+            )
+
+        exact = answer(scorer, task.dataset)
+        for name, evaluations in pairs.items():
+            evaluations.append((exact, answer(RecordedScorer(scorer.answers[name]), None)))
+    return [
+        Quality(
+            name,
+            TextLikelihood(tokens, likelihoods[0], likelihood),
+            scorer.divergences[name],
+            pooled_difference([policy for _, policy in evaluations], [exact for exact, _ in evaluations]),
+            tuple(evaluations),
+            summarise(scorer.records[name]),
+        )
+        for (name, evaluations), likelihood in zip(pairs.items(), likelihoods[1:], strict=True)
+    ]
+
+
+def _text_likelihood(scorer: DistributedScorer, text: Sequence[Question], on_step: Callable[[str], None]) -> float:
+    answers = scorer.score(text, lambda number, answer: on_step(PERPLEXITY_SET))
+    return math.fsum(answer.log_likelihoods[0] for answer in answers)
+
+
+def _log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return shifted

@@ -1,0 +1,281 @@
+"""A run as plain JSON values: what was measured, on what, and how; and back again, so that a run can be resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from wdmoe.bs.evaluation import Evaluation, LoadedTask, PairedDifference, paired_difference
+from wdmoe.bs.experiment import PolicyRun
+from wdmoe.bs.hub import Hub
+from wdmoe.bs.quality import Criterion, Quality, QualityBar, judge
+from wdmoe.bs.records import Summary
+from wdmoe.bs.station import Station
+from wdmoe.runtime.links import is_loopback
+
+RUN_FORMAT, RUN_VERSION = "wdmoe-run", 2
+
+
+def describe_run(station: Station, runs: Iterable[PolicyRun], command: str) -> dict[str, Any]:
+    """Turn a run into plain JSON values."""
+    return {
+        "format": RUN_FORMAT,
+        "version": RUN_VERSION,
+        **describe_station(station, command),
+        "results": [_describe_policy(run) for run in runs],
+    }
+
+
+def describe_station(station: Station, command: str) -> dict[str, Any]:
+    """Say what ran, where and with whom: the head of every result."""
+    model, config = station.manifest.model, station.config
+    return {
+        "wdmoe": version("wdmoe"),
+        "command": command,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "model": {
+            "name": model.name,
+            "family": model.family,
+            "bundle_id": station.manifest.bundle_id,
+            "expert_precision": station.manifest.precision,
+        },
+        "link": {
+            "address": config.listen,
+            "kind": "loopback" if is_loopback(config.listen) else "network",
+            "wire": config.wire,
+            "encrypted": config.encrypted,
+        },
+        "in_flight": config.in_flight,
+        "threads": config.threads,
+        "devices": [describe_device(station.hub, name) for name in sorted(station.hub.devices)],
+    }
+
+
+def describe_quality(
+    head: dict[str, Any], qualities: Sequence[Quality], bar: QualityBar, text: LoadedTask
+) -> dict[str, Any]:
+    """Turn the comparison of policies with exact into plain JSON values.
+
+    Args:
+        head: `describe_station`.
+        qualities: one per policy.
+        bar: what they are held against.
+        text: the task of the perplexity.
+    """
+    return {
+        "format": "wdmoe-quality",
+        "version": 1,
+        **head,
+        "bar": asdict(bar),
+        "text": {"dataset": text.dataset, "source": text.source, "variant": text.variant},
+        "results": [_describe_quality(quality, judge(quality, bar)) for quality in qualities],
+    }
+
+
+def describe_device(hub: Hub, name: str) -> dict[str, Any]:
+    """Say what a device is and how fast, as plain values."""
+    device = hub.devices[name]
+    profile, latency = device.latency.profile, device.latency.model()
+    return {
+        "name": name,
+        "experts": len(device.experts),
+        "hardware": profile.device,
+        "software": profile.software,
+        "engine": profile.engine,
+        "precision": profile.precision,
+        "origin": profile.origin,
+        "round_trip_ms": latency.round_trip_ms,
+        "correction": latency.correction,
+        "call_ms": {str(tokens): ms for tokens, ms in latency.curve},
+    }
+
+
+def read_runs(path: Path, now: dict[str, Any]) -> tuple[list[PolicyRun], str | None]:
+    """Read the runs of an earlier command's file, where they can stand beside those that start now.
+
+    Args:
+        path: where `describe_run` was written; it need not exist.
+        now: `describe_station` of what starts now.
+
+    Returns:
+        The runs; or none, and why the file's cannot be used.
+
+    Raises:
+        ValueError: the file is something else, which a result must not overwrite.
+    """
+    try:
+        result = json.loads(path.read_bytes())
+        if result["format"] != RUN_FORMAT:
+            raise ValueError(f"its format is {result['format']!r}, expected {RUN_FORMAT!r}")
+    except FileNotFoundError:
+        return [], None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--json {path} is not a result of wdmoe-bs run ({error}); give another name") from error
+    if result["version"] != RUN_VERSION:
+        return [], f"it has version {result['version']} of the format, expected {RUN_VERSION}"
+    try:
+        then, today = _circumstances(result), _circumstances(now)
+    except KeyError as error:
+        return [], f"it does not say {error}"
+    changed = [f"{key} was {then[key]!r} and is {today[key]!r}" for key in today if then[key] != today[key]]
+    if changed:
+        return [], "; ".join(changed)
+    try:
+        return [_restore_policy(entry) for entry in result["results"]], None
+    except (KeyError, msgspec.ValidationError) as error:
+        return [], f"it was written by another wdmoe {version('wdmoe')} ({error})"
+
+
+def why_stale(run: PolicyRun, task: LoadedTask, limit: int | None) -> str | None:
+    """Say why a run does not answer for a task as it is now; None: it does."""
+    evaluation = run.evaluation
+    if evaluation.rows_digest != task.digest(limit):
+        return f"it answered {evaluation.rows} rows, and {task.count(limit)} others are asked about now"
+    if (evaluation.judge, evaluation.variant) != (task.described_judge, task.variant):
+        return f"it was judged by {evaluation.judge}, and now it is {task.described_judge}"
+    return None
+
+
+def finite(value: float) -> float | None:
+    """Return None for what JSON has no number for."""
+    return value if math.isfinite(value) else None
+
+
+def _circumstances(result: dict[str, Any]) -> dict[str, Any]:
+    """Pick what two runs must share so that their answers and times belong into one file."""
+    return {
+        "wdmoe": result["wdmoe"],
+        "bundle": result["model"]["bundle_id"],
+        "link": result["link"]["kind"],
+        "wire": result["link"]["wire"],
+        "encrypted": result["link"]["encrypted"],
+        "in flight": result["in_flight"],
+        "threads": result["threads"],
+        "devices": [
+            " ".join((device["name"], device["engine"], device["precision"], "on", device["hardware"]))
+            for device in result["devices"]
+        ],
+    }
+
+
+def _describe_policy(run: PolicyRun) -> dict[str, Any]:
+    evaluation, difference = run.evaluation, run.to_exact
+    stderr = {name: finite(value) for name, value in evaluation.stderr.items()}
+    return {
+        "policy": run.policy,
+        **asdict(evaluation),
+        "stderr": stderr,
+        "accuracy": {name: evaluation.metrics[name] for name in evaluation.correct},
+        "accuracy_stderr": {name: stderr[name] for name in evaluation.correct},
+        "accuracy_minus_exact_points": None if difference is None else difference.mean_points,
+        "accuracy_minus_exact_stderr_points": None if difference is None else finite(difference.stderr_points),
+        "perplexity_over_exact": run.perplexity_ratio,
+        "wall_s": run.wall_s,
+        "tokens_per_s": run.summary.tokens / run.wall_s,
+        "dropped_share": run.summary.dropped_share,
+        **asdict(run.summary),
+    }
+
+
+def _describe_quality(quality: Quality, criteria: Sequence[Criterion]) -> dict[str, Any]:
+    text, divergence, summary = quality.text, quality.divergence, quality.summary
+    return {
+        "policy": quality.policy,
+        "passed": all(criterion.reached for criterion in criteria),
+        "criteria": [
+            asdict(criterion) | {"value": finite(criterion.value), "reached": criterion.reached}
+            for criterion in criteria
+        ],
+        "perplexity": {
+            "tokens": text.tokens,
+            "exact": text.exact_perplexity,
+            "policy": text.policy_perplexity,
+            "ratio": text.ratio,
+        },
+        "divergence": {
+            "mean_nats": finite(divergence.mean),
+            "largest_nats": divergence.largest,
+            "positions": divergence.positions,
+        },
+        "accuracy": _describe_difference(quality.accuracy),
+        "datasets": [
+            {
+                "dataset": exact.dataset,
+                "source": exact.source,
+                "variant": exact.variant,
+                "judge": exact.judge,
+                "rows_digest": exact.rows_digest,
+                "exact": exact.metrics,
+                "policy": policy.metrics,
+                **_describe_difference(paired_difference(policy, exact)),
+            }
+            for exact, policy in quality.evaluations
+        ],
+        "dropped_share": summary.dropped_share,
+        "gate_mass_dropped": summary.gate_mass_dropped,
+    }
+
+
+def _describe_difference(difference: PairedDifference) -> dict[str, Any]:
+    return {
+        "rows": difference.rows,
+        "acc_minus_exact_points": difference.mean_points,
+        "stderr_points": finite(difference.stderr_points),
+        "interval_points": [finite(end) for end in difference.interval_points],
+    }
+
+
+def _restore_policy(entry: dict[str, Any]) -> PolicyRun:
+    stderr = {name: math.nan if value is None else value for name, value in entry["stderr"].items()}
+    evaluation = msgspec.convert(entry | {"stderr": stderr}, Evaluation)
+    points, points_stderr = entry["accuracy_minus_exact_points"], entry["accuracy_minus_exact_stderr_points"]
+    difference = None
+    if points is not None:
+        difference = PairedDifference(
+            "acc", evaluation.rows, points, math.nan if points_stderr is None else points_stderr
+        )
+    return PolicyRun(
+        entry["policy"],
+        evaluation,
+        msgspec.convert(entry, Summary),
+        entry["wall_s"],
+        difference,
+        entry["perplexity_over_exact"],
+    )
+
+
+def reusable_runs(
+    path: Path, now: dict[str, Any], tasks: Sequence[LoadedTask], policies: Sequence[str], limit: int | None
+) -> tuple[list[PolicyRun], list[str]]:
+    """Read what an earlier command finished, and tell about each pair that is asked for.
+
+    Returns:
+        The runs that the file may keep, those of other data sets and policies included; and lines for the user.
+    """
+    runs, refused = read_runs(path, now)
+    if refused is not None:
+        return [], [f"{path}: nothing of it is used again: {refused}"]
+    asked = {task.dataset: task for task in tasks}
+    kept, lines = [], []
+    for run in runs:
+        dataset, policy = run.pair
+        if dataset not in asked or policy not in policies:
+            kept.append(run)
+            continue
+        reason = why_stale(run, asked[dataset], limit)
+        if reason is None:
+            kept.append(run)
+            lines.append(f"{path}: {dataset} under {policy} is there already")
+        else:
+            lines.append(f"{path}: {dataset} under {policy} is run again: {reason}")
+    return kept, lines
