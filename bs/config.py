@@ -23,7 +23,7 @@ class StationConfig:
     keys: Path = field(default_factory=default_keys_dir)
     wire: Wire = "fp16"
     threads: int = os.cpu_count() or 1
-    in_flight: int = 2
+    in_flight: int = 1  # more raises throughput over slow links, and the latency of each question
     wait_s: float = 60.0
     bs_holds: str = "none"  # experts the base station may hold for when a device is lost: a number, all, none
     health: str | None = None  # HOST:PORT to serve /health on
