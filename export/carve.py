@@ -19,9 +19,15 @@ IndexArray = npt.NDArray[np.int64]
 
 # A neuron counts for a token if it is among this share of the token's neurons with the largest contributions.
 _STRONG_SHARE = 1 / 8
-# Gate logits start as this times the log norm of each expert's output. Full size would let the loudest expert
-# speak for all chosen ones, which costs accuracy: the sum of the chosen experts is what the dense block gave.
-_ROUTER_SCALE = 0.1
+# This share of the neurons, those with the largest contribution to any single token, is shared whatever their rank.
+# A few neurons give the first token of a text an output up to 3,000 times that of other tokens: on too few tokens to
+# rank high, but in a routed expert a gate weight a little off 1 distorts all that follows.
+_MASSIVE_SHARE = 1 / 96
+# Standard deviation over the experts of the median token's gate logits. Less makes ties that rounding decides;
+# more lets the loudest expert speak for all chosen ones, where the dense block gave the plain sum of all.
+_LOGIT_SPREAD = 0.18
+# A token whose log norms spread over the experts more than this times the median token's is fitted as if by that much.
+_SPREAD_LIMIT = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +149,17 @@ def plan_block(weights: FfnWeights, rows: FloatArray, shape: CarveShape, rng: np
 
 
 def rank_neurons(contributions: FloatArray) -> IndexArray:
-    """Return the neurons, most often among a token's strongest first, of contributions [tokens, neurons]."""
+    """Return the neurons of contributions [tokens, neurons]: the massive few first, then by how often they are strong.
+
+    Massive are those with the largest contribution to any one token; strong, those among a token's largest.
+    """
     strong = max(1, round(contributions.shape[1] * _STRONG_SHARE))
     winners = np.argpartition(-contributions, strong - 1, axis=1)[:, :strong]
     counts = np.bincount(winners.ravel(), minlength=contributions.shape[1])
+    massive = np.zeros(contributions.shape[1], bool)
+    massive[np.argsort(-contributions.max(axis=0))[: round(len(massive) * _MASSIVE_SHARE)]] = True
     # Ties go to the larger mean, so that the order does not hang on the sort.
-    return np.lexsort((-contributions.mean(axis=0), -counts)).astype(np.int64)
+    return np.lexsort((-contributions.mean(axis=0), -counts, ~massive)).astype(np.int64)
 
 
 def cluster_neurons(contributions: FloatArray, clusters: int, rng: np.random.Generator, rounds: int = 30) -> IndexArray:
@@ -180,16 +191,19 @@ def cluster_neurons(contributions: FloatArray, clusters: int, rng: np.random.Gen
 
 
 def fit_router(rows: FloatArray, norms: FloatArray, ridge: float = 1e-2) -> FloatArray:
-    """Return a router [experts, hidden] whose logits follow the log output norms [tokens, experts].
+    """Return a router [experts, hidden] whose logits rank the experts as the output norms [tokens, experts] do.
 
-    Each token's mean over the experts is left out, as the softmax does not see it. Ridge regression: the penalty is
-    `ridge` times the mean square of a row's elements, per token.
+    Ridge regression on the log norms, less each token's mean, as the softmax does not see it; the penalty is `ridge`
+    times the mean square of a row's elements, per token. The logits of all blocks are brought to one spread.
     """
     targets = np.log(norms + 1e-6)
     targets -= targets.mean(axis=1, keepdims=True)
+    spread = targets.std(axis=1, keepdims=True)
+    targets *= np.minimum(1.0, _SPREAD_LIMIT * np.median(spread) / np.maximum(spread, 1e-12))
     gram = (rows.T @ rows).astype(np.float64)
     gram += np.eye(len(gram)) * (ridge * np.trace(gram) / len(gram))
-    router = np.linalg.solve(gram, (rows.T @ targets).astype(np.float64)).T * _ROUTER_SCALE
+    router = np.linalg.solve(gram, (rows.T @ targets).astype(np.float64)).T
+    router *= _LOGIT_SPREAD / max(float(np.median((rows @ router.T).std(axis=1))), 1e-12)
     return np.ascontiguousarray(router, dtype=np.float32)
 
 

@@ -100,6 +100,13 @@ def test_neurons_that_are_often_strong_come_first() -> None:
     assert list(rank_neurons(contributions)[:3]) == [11, 3, 5]
 
 
+def test_a_neuron_that_is_massive_on_one_token_comes_first() -> None:
+    contributions = np.ones((40, 96), np.float32)
+    contributions[:, 11] = 9.0
+    contributions[0, 70] = 1000.0
+    assert list(rank_neurons(contributions)[:2]) == [70, 11]
+
+
 def test_clusters_are_of_one_size_and_join_what_fires_together() -> None:
     rng = np.random.default_rng(0)
     topic = np.repeat(np.arange(4), 6)
@@ -121,6 +128,23 @@ def test_the_router_prefers_the_expert_with_the_larger_output() -> None:
     truth = normal(rng, 4, HIDDEN)
     router = fit_router(rows, np.exp(rows @ truth.T))
     assert np.mean((rows @ router.T).argmax(axis=1) == (rows @ truth.T).argmax(axis=1)) > 0.95
+
+
+@pytest.mark.parametrize("loudness", [0.1, 5.0])
+def test_gate_logits_have_one_spread_however_the_norms_differ(loudness: float) -> None:
+    rng = np.random.default_rng(2)
+    rows = normal(rng, 500, HIDDEN)
+    router = fit_router(rows, np.exp(loudness * rows @ normal(rng, 4, HIDDEN).T))
+    assert np.median((rows @ router.T).std(axis=1)) == pytest.approx(0.18, rel=1e-3)
+
+
+def test_one_extreme_token_hardly_turns_the_router() -> None:
+    rng = np.random.default_rng(4)
+    rows = normal(rng, 500, HIDDEN)
+    norms = np.exp(rows @ normal(rng, 4, HIDDEN).T)
+    usual = fit_router(rows, norms)
+    norms[0] = [1e9, 1e-5, 1e9, 1e-5]
+    assert np.linalg.norm(fit_router(rows, norms) - usual) < 0.05 * np.linalg.norm(usual)
 
 
 def test_what_a_plan_does_not_fit_is_refused() -> None:
