@@ -1,0 +1,289 @@
+"""PIQA through four device processes against lm-eval's own transformers model: same checkpoint, rows and CPU.
+
+    python scripts/bench/against_transformers.py --data-dir DIR --json -
+
+Our arms run `wdmoe-bs run --policy exact` as a user would, once with float32 and once with float16 rows on the wire;
+each is one process for the base station and four for the devices. transformers runs in this process at every batch
+size asked for. Both are timed from the first tokenised prompt to the last answer, without loading, and the judge is
+the same. With float32 rows every row must be answered as transformers answers it; only where the two choices'
+log-likelihoods differ by less than 1e-3 may a rounding decide, and those rows are listed. Exit code 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).parents[2]
+sys.path += [str(ROOT / "tests"), str(ROOT)]
+from processes import command, device_processes, exit_on_sigterm, free_address
+
+from scripts.bench._environment import environment, progress, write_json
+from wdmoe.bs.config import StationConfig
+from wdmoe.bs.evaluation import Evaluation, LoadedTask, evaluate_lm, load_task
+from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
+from wdmoe.export.models import SMALL_MODEL, find_checkpoint
+
+NEAR_TIE = 1e-3  # of log-likelihoods
+WIRES = ("fp32", "fp16")
+DATASET = "piqa"
+_DEFAULTS = StationConfig()
+
+LogLikelihoods = Sequence[Sequence[float]]  # [rows][choices]
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One arm of transformers."""
+
+    batch: int
+    experts: str  # its implementation of the experts
+    wall_s: float
+    evaluation: Evaluation
+
+
+@click.command()
+@click.option("--data-dir", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True)
+@click.option("--json", "target", type=click.Path(dir_okay=False, allow_dash=True), required=True)
+@click.option("--model", default=SMALL_MODEL, show_default=True, help="As wdmoe-export takes it.")
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first rows.")
+@click.option(
+    "--batch", "batches", type=click.IntRange(min=1), multiple=True, default=(1, 8, 16, 32), show_default=True
+)
+@click.option(
+    "--experts", type=click.Choice(["grouped_mm", "eager"]), multiple=True, default=("grouped_mm", "eager"),
+    show_default=True, help="How transformers runs the experts.",
+)  # fmt: skip
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=_DEFAULTS.threads, show_default=True, help="Of wdmoe-bs."
+)
+@click.option("--in-flight", type=click.IntRange(min=1), default=_DEFAULTS.in_flight, show_default=True)
+@click.option("--torch-threads", type=click.IntRange(min=1), help="Of transformers.  [default: torch's own choice]")
+def main(
+    data_dir: Path,
+    target: str,
+    model: str,
+    limit: int | None,
+    batches: tuple[int, ...],
+    experts: tuple[str, ...],
+    threads: int,
+    in_flight: int,
+    torch_threads: int | None,
+) -> None:
+    """Compare answers and wall time."""
+    exit_on_sigterm()
+    described = environment(("lm-eval", "torch", "transformers", "numpy", "onnxruntime", "pyzmq"))
+    checkpoint, name = find_checkpoint(model, progress)
+    task = load_task(DATASET, data_dir)
+    with tempfile.TemporaryDirectory(prefix="wdmoe-against-") as scratch:
+        ours = run_wdmoe(checkpoint, name, Path(scratch), data_dir, limit, threads, in_flight)
+    arms = run_transformers(checkpoint, task, limit, batches, experts, torch_threads)
+    result = describe(ours, arms) | {
+        "model": name,
+        "threads": {"wdmoe_bs": threads, "wdmoe_device": 1, "devices": 4, "torch": _torch_threads()},
+        "in_flight": in_flight,
+        **described,
+    }
+    _print_tables(result)
+    write_json(target, result)
+    sys.exit(1 if result["disagreements"] else 0)
+
+
+def run_wdmoe(
+    checkpoint: Path, name: str, scratch: Path, data_dir: Path, limit: int | None, threads: int, in_flight: int
+) -> dict[str, dict[str, Any]]:
+    """Run each arm of ours; returns wire -> its only result in the JSON of wdmoe-bs."""
+    progress(f"{name}: exporting")
+    config = ExportConfig(scratch / "bundle", devices=4)
+    export_bundle(plan_export(checkpoint, name, config), config)
+    address = free_address()
+    results: dict[str, dict[str, Any]] = {}
+    with device_processes(config.out, address):
+        for wire in WIRES:
+            progress(f"wdmoe, 4 device processes, {wire} on the wire")
+            out = scratch / f"{wire}.json"
+            options = ["--bundle", config.out, "--listen", address, "--dataset", DATASET, "--data-dir", data_dir]
+            options += ["--policy", "exact", "--wire", wire, "--threads", threads, "--in-flight", in_flight]
+            options += ["--limit", limit] if limit is not None else []
+            # Its tables would stand between stdout and whoever reads our JSON there.
+            line = command("wdmoe-bs", "run", *options, "--json", out)
+            if (code := subprocess.run(line, stdout=sys.stderr, check=False).returncode) != 0:
+                raise click.ClickException(f"wdmoe-bs ended with exit code {code}")
+            (results[wire],) = json.loads(out.read_text())["results"]
+    return results
+
+
+def run_transformers(
+    checkpoint: Path,
+    task: LoadedTask,
+    limit: int | None,
+    batches: Sequence[int],
+    experts: Sequence[str],
+    threads: int | None,
+) -> list[Arm]:
+    """Run each arm of transformers, the model loaded anew for each."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    arms: list[Arm] = []
+    for implementation in experts:
+        for batch in batches:
+            progress(f"transformers, {implementation} experts, batch {batch}")
+            lm = HFLM(
+                str(checkpoint), dtype="float32", device="cpu", batch_size=batch, experts_implementation=implementation
+            )
+            with torch.no_grad():  # the first calls allocate
+                for _ in range(3):
+                    lm.model(torch.arange(24).repeat(batch, 1))
+            started = time.perf_counter()
+            evaluation = evaluate_lm(lm, task, limit=limit)
+            arms.append(Arm(batch, implementation, time.perf_counter() - started, evaluation))
+            progress(f"transformers, {implementation} experts, batch {batch}: {arms[-1].wall_s:.1f} s")
+            del lm
+            gc.collect()
+    return arms
+
+
+def describe(ours: dict[str, dict[str, Any]], arms: Sequence[Arm]) -> dict[str, Any]:
+    """Put answers and times side by side."""
+    control = min(arms, key=lambda arm: arm.batch)  # one row at a time, nothing padded
+    digests = {run["rows_digest"] for run in ours.values()} | {arm.evaluation.rows_digest for arm in arms}
+    if len(digests) != 1:
+        raise click.ClickException("the arms were not asked the same rows")
+    compared = {
+        wire: compare_answers(run["log_likelihoods"], control.evaluation.log_likelihoods) for wire, run in ours.items()
+    }
+    best = min(arms, key=lambda arm: arm.wall_s)
+    by_experts: dict[str, dict[str, float]] = {}
+    for arm in arms:
+        by_experts.setdefault(arm.experts, {})[str(arm.batch)] = arm.wall_s
+    fastest_experts = min(by_experts.values(), key=lambda walls: min(walls.values()))
+    return {
+        "rows": control.evaluation.rows,
+        "rows_digest": control.evaluation.rows_digest,
+        "judge": control.evaluation.judge,
+        **compared["fp32"],
+        "near_tie_below": NEAR_TIE,
+        "speedup": best.wall_s / ours["fp32"]["wall_s"],
+        "speedup_fp16_wire": best.wall_s / ours["fp16"]["wall_s"],
+        "best_batch": best.batch,
+        "best_experts": best.experts,
+        "wdmoe": _describe_ours(ours["fp32"]),
+        "wdmoe_fp16_wire": _describe_ours(ours["fp16"]) | compared["fp16"],
+        "transformers": {
+            **fastest_experts,
+            "by_experts": by_experts,
+            "accuracy": control.evaluation.metrics,
+            # What padding and batching alone change in transformers' own answers.
+            "max_abs_ll_difference_between_arms": max(
+                compare_answers(arm.evaluation.log_likelihoods, control.evaluation.log_likelihoods)[
+                    "max_abs_ll_difference"
+                ]
+                for arm in arms
+            ),
+        },
+    }
+
+
+def compare_answers(ours: LogLikelihoods, theirs: LogLikelihoods) -> dict[str, Any]:
+    """Compare which choice is picked, row by row; near ties, in either, are listed instead of counted."""
+    near_ties: list[dict[str, Any]] = []
+    disagreements: list[dict[str, Any]] = []
+    largest = 0.0
+    for number, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+        largest = max(largest, *(abs(a - b) for a, b in zip(our, their, strict=True)))
+        row = {
+            "row": number,
+            "margin": _margin(our),
+            "transformers_margin": _margin(their),
+            "same_pick": _pick(our) == _pick(their),
+        }
+        if min(row["margin"], row["transformers_margin"]) < NEAR_TIE:
+            near_ties.append(row)
+        elif not row["same_pick"]:
+            disagreements.append(row)
+    return {
+        "disagreements": len(disagreements),
+        "disagreeing_rows": disagreements,
+        "near_ties": near_ties,
+        "max_abs_ll_difference": largest,
+    }
+
+
+def _pick(log_likelihoods: Sequence[float]) -> int:
+    return max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
+
+
+def _margin(log_likelihoods: Sequence[float]) -> float:
+    first, second, *_ = sorted(log_likelihoods, reverse=True)
+    return first - second
+
+
+def _describe_ours(run: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "wall_s": run["wall_s"],
+        "tokens": run["tokens"],
+        "tokens_per_s": run["tokens_per_s"],
+        "latency_p50_ms": run["latency_p50_ms"],
+        "latency_p95_ms": run["latency_p95_ms"],
+        "accuracy": run["accuracy"],
+        # Mean of a question. Questions overlap, so these sum up to the latency, not to the wall time.
+        "split_ms": {
+            "bs": run["bs_ms"],
+            "waiting_for_devices": run["waiting_ms"],
+            "other": run["latency_mean_ms"] - run["bs_ms"] - run["waiting_ms"],
+            "latency": run["latency_mean_ms"],
+        },
+        "device_ms": run["device_ms"],  # the slowest device of each block; part of it hides behind the shared experts
+        "bytes_down": run["bytes_down"],
+        "bytes_up": run["bytes_up"],
+    }
+
+
+def _torch_threads() -> int:
+    import torch
+
+    threads: int = torch.get_num_threads()
+    return threads
+
+
+def _print_tables(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("what", "wall s", "against ours"):
+        table.add_column(heading, justify="left" if heading == "what" else "right")
+    base = result["wdmoe"]["wall_s"]
+    rows = [("wdmoe, fp32 on the wire", base), ("wdmoe, fp16 on the wire", result["wdmoe_fp16_wire"]["wall_s"])]
+    rows += [
+        (f"transformers, {experts}, batch {batch}", wall_s)
+        for experts, walls in result["transformers"]["by_experts"].items()
+        for batch, wall_s in walls.items()
+    ]
+    for what, wall_s in rows:
+        table.add_row(what, f"{wall_s:.1f}", f"{wall_s / base:.2f}")
+    console = Console(stderr=True)
+    console.print(table)
+    console.print(
+        f"{result['rows']} rows, {result['disagreements']} answered otherwise, {len(result['near_ties'])} near ties; "
+        f"largest difference of a log-likelihood {result['max_abs_ll_difference']:.1e}"
+    )
+
+
+if __name__ == "__main__":
+    main()
