@@ -72,7 +72,7 @@ def snapshot(hub: Hub, pipeline: Pipeline, manifest: BsManifest) -> dict[str, An
         "replaced": requests.counts["replaced"],
         "hedged": requests.counts["hedged"],
         "skipped": requests.counts["skipped"],
-        "refused": dict(hub.refused),
+        "refused": hub.refused.described(),
     }
 
 

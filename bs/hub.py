@@ -5,11 +5,11 @@ The hub owns the link. Above it there are devices with names, not peers; below i
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from wdmoe.bs.latency import LatencyTracker
+from wdmoe.bs.refusals import Kind, Refusals
 from wdmoe.bs.roster import Roster
 from wdmoe.runtime.clock import Clock
 from wdmoe.runtime.errors import DevicesMissing, ProtocolError
@@ -97,7 +97,7 @@ class Hub:
             roster: who may speak on an encrypted link; None: the link is not encrypted and anybody may.
         """
         self.devices: dict[str, Device] = {}
-        self.refused: Counter[str] = Counter()  # why, how often
+        self.refused = Refusals()
         self.clock = clock
         self.last_turn_s = clock.now_s()
         self._link = link
@@ -172,7 +172,7 @@ class Hub:
                 on_change()
         if missing:
             folders = ", ".join(f"device-{k}" for k in missing)
-            reasons = "".join(f"; refused {n} x: {text}" for text, n in self.refused.items())
+            reasons = "".join(f"; refused {n} x: {text}" for text, n in self.refused.described().items())
             raise DevicesMissing(
                 f"{len(self.missing_experts())} experts are served by nobody after {timeout_s:g} s: no {folders}; "
                 f"connected: {', '.join(sorted(self.devices)) or 'none'}{reasons}. "
@@ -206,7 +206,7 @@ class Hub:
         try:
             message = decode(parcel.frames, self._manifest.model.d_model)
         except ProtocolError as error:
-            self._refuse(parcel.peer, f"malformed message: {error}", final=False)
+            self._refuse(parcel.peer, "malformed", f"malformed message: {error}", final=False)
             return None
         header = message.header
         if self._roster is not None:
@@ -214,23 +214,23 @@ class Hub:
                 self._on_enrol(parcel, header)
                 return None
             if (enrolled := self._roster.name_of(parcel.key)) is None:
-                self._refuse(parcel.peer, self._roster.why_not(parcel.key), final=True)
+                self._refuse(parcel.peer, "key", self._roster.why_not(parcel.key), final=True)
                 return None
             if isinstance(header, Hello) and header.device != enrolled:
                 text = (
                     f"this key is enrolled as {enrolled}, the device calls itself {header.device}; start it with --name"
                 )
-                self._refuse(parcel.peer, text, final=True)
+                self._refuse(parcel.peer, "name", text, final=True)
                 return None
         if isinstance(header, Hello):
             return self._on_hello(parcel, header)
         name = self._peers.get(parcel.peer)
         if name is None:
-            self._refuse(parcel.peer, "not known here, say hello first", final=False)
+            self._refuse(parcel.peer, "not introduced", "not known here, say hello first", final=False)
             return None
         device = self.devices[name]
         if parcel.key != device.key:
-            self._refuse(parcel.peer, f"not the key of {name}", final=True)
+            self._refuse(parcel.peer, "key", f"not the key of {name}", final=True)
             return None
         device.last_heard_s = self.clock.now_s()
         match header:
@@ -246,7 +246,8 @@ class Hub:
                 self._forget(name)
                 return Left(name, reason)
             case other:
-                self._refuse(parcel.peer, f"a base station does not take {type(other).__name__}", final=False)
+                text = f"a base station does not take {type(other).__name__}"
+                self._refuse(parcel.peer, "misplaced", text, final=False)
                 return None
 
     def _on_enrol(self, parcel: Parcel, enrol: Enrol) -> None:
@@ -256,19 +257,22 @@ class Hub:
         else:
             reason = self._roster.enrol(enrol.device, enrol.secret, parcel.key)
         if reason is not None:
-            self._refuse(parcel.peer, f"{enrol.device}: {reason}", final=True)
+            self._refuse(parcel.peer, "enrolment", f"{enrol.device}: {reason}", final=True)
         else:
             self._outbox.append(Parcel(parcel.peer, encode(Message(Enrolled(enrol.device)))))
 
     def _on_hello(self, parcel: Parcel, hello: Hello) -> Event | None:
         peer = parcel.peer
-        if (reason := self._refusal(hello)) is not None:
-            self._refuse(peer, f"{hello.device}: {reason}", final=True)
+        if (refusal := self._refusal(hello)) is not None:
+            kind, reason = refusal
+            self._refuse(peer, kind, f"{hello.device}: {reason}", final=True)
             return None
         known = self.devices.get(hello.device)
         now_s = self.clock.now_s()
         if known is not None and known.session != hello.session and now_s - known.last_heard_s < 3 * HEARTBEAT_S:
-            self._refuse(peer, f"{hello.device}: another device of that name is connected; start it with --name", True)
+            # Not final: the other may be its own last life, crashed a moment ago, and soon count as silent.
+            text = f"{hello.device}: another device of that name is connected; start it with --name"
+            self._refuse(peer, "name", text, final=False)
             return None
         tracker = known.latency if known is not None and known.session == hello.session else None
         if known is not None:
@@ -287,24 +291,28 @@ class Hub:
         self._ping(self.devices[hello.device], now_s)
         return Joined(hello.device)
 
-    def _refusal(self, hello: Hello) -> str | None:
+    def _refusal(self, hello: Hello) -> tuple[Kind, str] | None:
         manifest, profile = self._manifest, hello.profile
         model = manifest.model
         if hello.protocol != PROTOCOL_VERSION:
-            return f"speaks protocol {hello.protocol}, the base station {PROTOCOL_VERSION}; install the same version"
+            return "protocol", (
+                f"speaks protocol {hello.protocol}, the base station {PROTOCOL_VERSION}; install the same version"
+            )
         if hello.bundle_id != manifest.bundle_id:
-            return (
+            return "bundle", (
                 f"serves bundle {hello.bundle_id[:12]}, the base station runs {manifest.bundle_id[:12]} "
                 f"({model.name}); copy the device folder of this bundle"
             )
         if len(hello.experts) != model.n_blocks or any(e >= model.n_experts for b in hello.experts for e in b):
-            return f"names experts outside {model.n_blocks} blocks x {model.n_experts} experts"
+            return "experts", f"names experts outside {model.n_blocks} blocks x {model.n_experts} experts"
         if (profile.d_model, profile.d_ff) != (model.d_model, model.d_ff):
-            return f"profile is of a {profile.d_model}x{profile.d_ff} expert, expected {model.d_model}x{model.d_ff}"
+            return "profile", (
+                f"profile is of a {profile.d_model}x{profile.d_ff} expert, expected {model.d_model}x{model.d_ff}"
+            )
         return None
 
-    def _refuse(self, peer: Peer, text: str, final: bool) -> None:
-        self.refused[text] += 1
+    def _refuse(self, peer: Peer, kind: Kind, text: str, final: bool) -> None:
+        self.refused.add(kind, text)
         self._outbox.append(Parcel(peer, encode(Message(ErrorReport(text[:4096], final=final)))))
 
     def _forget(self, name: str) -> None:
@@ -321,7 +329,7 @@ class Hub:
             return
         for device in list(self.devices.values()):
             if self._roster.name_of(device.key) != device.name:
-                self._refuse(device.peer, self._roster.why_not(device.key), final=True)
+                self._refuse(device.peer, "key", self._roster.why_not(device.key), final=True)
                 self._forget(device.name)
                 self._left.append(Left(device.name, "its key was revoked"))
 

@@ -31,6 +31,8 @@ SILENT_S = 2.0
 LATE_THOUGH_ALIVE = 10.0  # times what was allowed
 CHECK_AGAIN_S = 0.25
 HEDGE_AT_LEAST_S = 0.1
+HEDGE_AT_MOST_S = 1.0
+WORST_TAIL = 5.0  # a quick profile may hold one call that was preempted: its p95 over p50 counts up to here
 SILENT_PINGS = 3  # unanswered, from which a device gets no more work
 
 
@@ -297,6 +299,9 @@ class Requests:
             request_id=self._new_id(), block=block, rows=1, wire="fp32", experts=(expert,), counts=(1,),
             index=np.zeros(1, "<u4").tobytes(), weights=np.ones(1, "<f4").tobytes(),
         )  # fmt: skip
+        self._probes = {
+            number: name for number, name in self._probes.items() if name != device
+        }  # only the latest counts
         self._probes[request.request_id] = device
         self._hub.send(device, Message(request, np.ones((1, d_model), "<f4")))
 
@@ -340,7 +345,7 @@ class Requests:
         allowed_s = max(LATE_AT_LEAST_S, LATE_TIMES_P95 * p95_s)
         self._pending[number] = Pending(
             want, attempt, part, message, now_s, predicted_ms, allowed_s,
-            check_s=now_s + allowed_s, hedge_s=now_s + max(HEDGE_AT_LEAST_S, p95_s),
+            check_s=now_s + allowed_s, hedge_s=now_s + min(HEDGE_AT_MOST_S, max(HEDGE_AT_LEAST_S, p95_s)),
         )  # fmt: skip
         want.record.bytes_down += message_bytes(message)
         self._hub.send(part.device, message)

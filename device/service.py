@@ -31,6 +31,7 @@ from wdmoe.runtime.messages import (
 
 Job = Callable[[], Message]
 HELLO_EVERY_S = 0.5
+_TEXT_LIMIT = 1000  # characters of an error that is reported
 SILENT_HEARTBEATS = 10  # after which the base station counts as gone
 
 
@@ -73,6 +74,7 @@ class DeviceService:
     clock: Clock
     welcomed: bool = False
     refused: str | None = None  # why the base station will never take this device
+    notice: str | None = None  # what the base station last complained about
     requests: int = 0
     _heartbeat_s: float = 1.0
     _last_heard_s: float = 0.0
@@ -102,7 +104,7 @@ class DeviceService:
                 if protocol != PROTOCOL_VERSION:
                     self.refused = f"the base station speaks protocol {protocol}, this device {PROTOCOL_VERSION}"
                 else:
-                    self.welcomed, self._heartbeat_s = True, heartbeat_s
+                    self.welcomed, self._heartbeat_s, self.notice = True, heartbeat_s, None
                 return [], None
             case Ping(nonce=nonce):
                 return [Message(Pong(nonce))], None
@@ -113,7 +115,7 @@ class DeviceService:
                 return [], lambda: self._compute(message, now_s)
             case ErrorReport(text=text, final=final):
                 self.welcomed = False
-                self.refused = text if final else None
+                self.notice, self.refused = text, text if final else None
                 return [], None
             case Goodbye():
                 self.welcomed = False
@@ -124,14 +126,15 @@ class DeviceService:
 
     def on_malformed(self, error: ProtocolError) -> list[Message]:
         """Answer frames that were no message."""
-        return [Message(ErrorReport(str(error)))]
+        return [Message(ErrorReport(str(error)[:_TEXT_LIMIT]))]
 
     def _compute(self, message: Message, arrived_s: float) -> Message:
         assert isinstance(message.header, ExpertRequest)
         try:
             return run_request(message, self.engine, self.clock, arrived_s)
         except Exception as error:  # noqa: BLE001 - whatever an engine throws, the base station must hear of it
-            return Message(ErrorReport(f"{type(error).__name__}: {error}", message.header.request_id))
+            text = f"{type(error).__name__}: {error}"[:_TEXT_LIMIT]
+            return Message(ErrorReport(text, message.header.request_id))
 
     def _refusal(self, request: ExpertRequest) -> str | None:
         for expert in request.experts:

@@ -12,6 +12,7 @@ from wdmoe.runtime.messages import Goodbye, Message, decode, encode
 from wdmoe.runtime.worker import Worker
 
 _HINT_AFTER_S = 15.0
+_REDIAL_AFTER_S = 10.0  # without a welcome
 
 
 def serve(
@@ -36,6 +37,8 @@ def serve(
     outgoing: list[Message] = []
     was_welcome = False
     hint_s = service.clock.now_s() + _HINT_AFTER_S
+    redial_s = service.clock.now_s() + _REDIAL_AFTER_S
+    notice: str | None = None
     while not stop.is_set():
         if service.clock.now_s() > hint_s:
             hint_s = float("inf")
@@ -43,6 +46,11 @@ def serve(
                 f"{service.name}: no answer from the base station yet; is it running there? "
                 "An encrypted one hears only devices that are enrolled, one that is not hears only --insecure ones"
             )
+        if service.welcomed:
+            redial_s = service.clock.now_s() + _REDIAL_AFTER_S
+        elif service.clock.now_s() > redial_s:
+            redial_s = service.clock.now_s() + _REDIAL_AFTER_S
+            link.redial()
         outgoing += service.on_tick()
         arrived = link.exchange([Parcel(BS, encode(message)) for message in outgoing], HELLO_EVERY_S)
         outgoing = []
@@ -59,6 +67,10 @@ def serve(
         for done in worker.finished():
             assert done.result is not None, done.error  # the job reports its own failures
             outgoing.append(done.result)
+        if service.notice != notice:
+            notice = service.notice
+            if notice is not None:
+                say(f"{service.name}: the base station says: {notice}")
         if service.refused is not None:
             raise WdmoeError(f"the base station refused {service.name}: {service.refused}")
         if service.welcomed != was_welcome:

@@ -54,6 +54,10 @@ class Link(Protocol):
         """Let a waiting `exchange` return early."""
         ...
 
+    def redial(self) -> None:
+        """Give up the connection and make a new one, where this side dials."""
+        ...
+
     def close(self) -> None:
         """Flush for a moment, then free the sockets."""
         ...
@@ -68,8 +72,10 @@ class ZmqLink:
         sock: zmq.Socket[bytes],
         routed: bool,
         authenticator: ThreadAuthenticator | None = None,
+        dialled: str | None = None,
     ) -> None:
         self._authenticator = authenticator
+        self._dialled = dialled
         self._context = context
         self._socket = sock
         self._routed = routed
@@ -103,6 +109,16 @@ class ZmqLink:
             self._wake_out.send(b"\0")
         except BlockingIOError:
             return  # the buffer is full of wakes already
+
+    def redial(self) -> None:
+        """Give up the connection and make a new one, where this side dials.
+
+        After a breach of ZeroMQ's own protocol (an encrypted peer where a plain one was expected, an oversized
+        frame) libzmq does not reconnect by itself.
+        """
+        if self._dialled is not None:
+            self._socket.disconnect(self._dialled)
+            self._socket.connect(self._dialled)
 
     def close(self) -> None:
         """Flush for a moment, then free the sockets."""
@@ -235,7 +251,7 @@ def dial(address: str, max_frame_bytes: int, keys: KeyPair | None = None, bs_pub
         sock.close(linger=0)
         context.term()
         raise WdmoeError(f"cannot dial {address}: {error.strerror}; expected tcp://HOST:PORT") from error
-    return ZmqLink(context, sock, routed=False)
+    return ZmqLink(context, sock, routed=False, dialled=address)
 
 
 Handler = Callable[[Sequence[Frame]], Iterable[Sequence[Frame]]]
@@ -275,6 +291,9 @@ class MemoryLink:
     def wake(self) -> None:
         """Let the next `exchange` return without waiting."""
         self._woken.set()
+
+    def redial(self) -> None:
+        """Nothing to dial."""
 
     def close(self) -> None:
         """Nothing to free."""

@@ -102,6 +102,7 @@ class BsManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
     chat_template: FileName | None
     files: dict[FileName, FileEntry]
     shared: tuple[FileName, ...] = ()  # one graph a block where the model has shared experts
+    manifest_sha256: str = ""  # of this manifest with this field empty; set when it is written
 
     @property
     def n_devices(self) -> int:
@@ -122,6 +123,7 @@ class DeviceManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, ta
     experts: tuple[ExpertEntry, ...]  # ordered by block, then expert
     golden: FileName  # safetensors with input.block_B and output.block_B.expert_E, see docs/bundle-format.md
     files: dict[FileName, FileEntry]
+    manifest_sha256: str = ""  # of this manifest with this field empty; set when it is written
 
 
 Manifest = BsManifest | DeviceManifest
@@ -149,10 +151,17 @@ def bundle_id(
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json; the last file of a folder to be written."""
-    text = msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+    sealed = msgspec.structs.replace(manifest, manifest_sha256=manifest_digest(manifest))
+    text = msgspec.json.format(msgspec.json.encode(sealed), indent=1)
     partial = folder / f"{MANIFEST_NAME}.partial"
     partial.write_bytes(text + b"\n")
     partial.replace(folder / MANIFEST_NAME)
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """Return the SHA-256 over the canonical JSON of a manifest with `manifest_sha256` empty."""
+    plain = msgspec.structs.replace(manifest, manifest_sha256="")
+    return hashlib.sha256(msgspec.json.encode(plain, order="sorted")).hexdigest()
 
 
 def read_manifest(folder: Path, kind: type[AnyManifest]) -> AnyManifest:
@@ -178,6 +187,11 @@ def read_manifest(folder: Path, kind: type[AnyManifest]) -> AnyManifest:
     except msgspec.ValidationError as error:
         raise BundleError(f"{path}: {error}; export the model again") from error
     _check_shape(path, manifest)
+    if (found := manifest_digest(manifest)) != manifest.manifest_sha256:
+        raise BundleError(
+            f"{path}: its sha256 is {found}, field manifest_sha256 says {manifest.manifest_sha256 or 'nothing'}; "
+            "it was damaged or edited: copy the folder again"
+        )
     return manifest
 
 

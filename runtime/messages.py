@@ -21,6 +21,8 @@ PROTOCOL_VERSION = 1
 MAX_HEADER_BYTES = 4 << 20
 MAX_ROWS = 8_192  # of one request; bounds what a peer can make the other side allocate
 
+_QUOTED = 300  # characters of a reason
+
 Wire = Literal["fp32", "fp16"]
 _WIRE_DTYPES: dict[str, npt.DTypeLike] = {"fp32": "<f4", "fp16": "<f2"}
 
@@ -152,7 +154,9 @@ def decode(frames: Sequence[Frame], d_model: int) -> Message:
     try:
         header = _decoder.decode(frames[0])
     except (msgspec.DecodeError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise ProtocolError(f"header is not a message of protocol {PROTOCOL_VERSION}: {error}") from error
+        # Cut, because it may quote the sender's own words at any length.
+        reason = str(error)[:_QUOTED]
+        raise ProtocolError(f"header is not a message of protocol {PROTOCOL_VERSION}: {reason}") from error
     if not isinstance(header, ExpertRequest | ExpertReply):
         if len(frames) != 1:
             raise ProtocolError(f"{type(header).__name__} came with a tensor frame")

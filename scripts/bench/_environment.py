@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import resource
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -27,6 +29,40 @@ def environment(packages: Sequence[str]) -> dict[str, Any]:
         "command": shlex.join(["python", *sys.argv]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+class CpuUse:
+    """Who used the processors since this was made: we, or others on the machine, beside whom a timing means little.
+
+    Args:
+        pids: processes of ours that run on; those that have ended and this one are counted anyway.
+    """
+
+    def __init__(self, pids: Sequence[int] = ()) -> None:
+        self._pids = pids
+        self._started = self._read()
+
+    def since(self) -> dict[str, float | None]:
+        """Return CPU seconds of ours, and the share of the whole machine that others took; None off Linux."""
+        (wall_s, ours_s, all_s), now = self._started, self._read()
+        ours_s = now[1] - ours_s
+        if all_s is None or now[2] is None:
+            return {"cpu_s": ours_s, "others_cpu_share": None}
+        others_s = now[2] - all_s - ours_s
+        return {"cpu_s": ours_s, "others_cpu_share": max(0.0, others_s / (now[0] - wall_s) / (os.cpu_count() or 1))}
+
+    def _read(self) -> tuple[float, float, float | None]:
+        usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        ours_s = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+        hz = os.sysconf("SC_CLK_TCK")
+        try:
+            first = Path("/proc/stat").read_text().partition("\n")[0].split()
+            stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in self._pids]
+        except OSError:
+            return time.perf_counter(), ours_s, None
+        ours_s += sum(int(stat[11]) + int(stat[12]) for stat in stats) / hz  # user and system time
+        user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, first[1:])
+        return time.perf_counter(), ours_s, (user + nice + system + irq + softirq) / hz
 
 
 def write_json(target: str, result: dict[str, Any]) -> None:

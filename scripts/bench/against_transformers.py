@@ -28,13 +28,14 @@ ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "tests"), str(ROOT)]
 from processes import command, device_processes, exit_on_sigterm, free_address
 
-from scripts.bench._environment import environment, progress, write_json
+from scripts.bench._environment import CpuUse, environment, progress, write_json
 from wdmoe.bs.config import StationConfig
 from wdmoe.bs.evaluation import Evaluation, LoadedTask, evaluate_lm, load_task
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
 from wdmoe.export.models import SMALL_MODEL, find_checkpoint
 
 NEAR_TIE = 1e-3  # of log-likelihoods
+BUSY = 0.05  # share of the processors that others may take without a word
 WIRES = ("fp32", "fp16")
 DATASET = "piqa"
 _DEFAULTS = StationConfig()
@@ -49,6 +50,7 @@ class Arm:
     batch: int
     experts: str  # its implementation of the experts
     wall_s: float
+    cpu: dict[str, float | None]
     evaluation: Evaluation
 
 
@@ -108,7 +110,7 @@ def run_wdmoe(
     export_bundle(plan_export(checkpoint, name, config), config)
     address = free_address()
     results: dict[str, dict[str, Any]] = {}
-    with device_processes(config.out, address):
+    with device_processes(config.out, address) as devices:
         for wire in WIRES:
             progress(f"wdmoe, 4 device processes, {wire} on the wire")
             out = scratch / f"{wire}.json"
@@ -117,9 +119,11 @@ def run_wdmoe(
             options += ["--limit", limit] if limit is not None else []
             # Its tables would stand between stdout and whoever reads our JSON there.
             line = command("wdmoe-bs", "run", *options, "--json", out)
+            cpu = CpuUse([device.pid for device in devices])
             if (code := subprocess.run(line, stdout=sys.stderr, check=False).returncode) != 0:
                 raise click.ClickException(f"wdmoe-bs ended with exit code {code}")
-            (results[wire],) = json.loads(out.read_text())["results"]
+            (result,) = json.loads(out.read_text())["results"]
+            results[wire] = result | {"cpu": cpu.since()}  # loading included
     return results
 
 
@@ -149,9 +153,9 @@ def run_transformers(
             with torch.no_grad():  # the first calls allocate
                 for _ in range(3):
                     lm.model(torch.arange(24).repeat(batch, 1))
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), CpuUse()
             evaluation = evaluate_lm(lm, task, limit=limit)
-            arms.append(Arm(batch, implementation, time.perf_counter() - started, evaluation))
+            arms.append(Arm(batch, implementation, time.perf_counter() - started, cpu.since(), evaluation))
             progress(f"transformers, {implementation} experts, batch {batch}: {arms[-1].wall_s:.1f} s")
             del lm
             gc.collect()
@@ -187,6 +191,7 @@ def describe(ours: dict[str, dict[str, Any]], arms: Sequence[Arm]) -> dict[str, 
         "transformers": {
             **fastest_experts,
             "by_experts": by_experts,
+            "cpu": {f"{arm.experts}, batch {arm.batch}": arm.cpu for arm in arms},
             "accuracy": control.evaluation.metrics,
             # What padding and batching alone change in transformers' own answers.
             "max_abs_ll_difference_between_arms": max(
@@ -251,6 +256,7 @@ def _describe_ours(run: dict[str, Any]) -> dict[str, Any]:
         "device_ms": run["device_ms"],  # the slowest device of each block; part of it hides behind the shared experts
         "bytes_down": run["bytes_down"],
         "bytes_up": run["bytes_up"],
+        "cpu": run["cpu"],
     }
 
 
@@ -259,6 +265,10 @@ def _torch_threads() -> int:
 
     threads: int = torch.get_num_threads()
     return threads
+
+
+def _cpu_uses(result: dict[str, Any]) -> list[dict[str, float | None]]:
+    return [result["wdmoe"]["cpu"], result["wdmoe_fp16_wire"]["cpu"], *result["transformers"]["cpu"].values()]
 
 
 def _print_tables(result: dict[str, Any]) -> None:
@@ -279,6 +289,9 @@ def _print_tables(result: dict[str, Any]) -> None:
         table.add_row(what, f"{wall_s:.1f}", f"{wall_s / base:.2f}")
     console = Console(stderr=True)
     console.print(table)
+    shares = [use["others_cpu_share"] for use in _cpu_uses(result) if use["others_cpu_share"] is not None]
+    if shares and max(shares) > BUSY:
+        console.print(f"others took up to {max(shares):.0%} of this machine's processors: take the times as hints")
     console.print(
         f"{result['rows']} rows, {result['disagreements']} answered otherwise, {len(result['near_ties'])} near ties; "
         f"largest difference of a log-likelihood {result['max_abs_ll_difference']:.1e}"

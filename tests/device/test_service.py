@@ -10,6 +10,7 @@ from inprocess import make_service
 from wdmoe.device.service import DeviceService
 from wdmoe.runtime.clock import VirtualClock
 from wdmoe.runtime.engines.numpy_engine import NumpyEngine
+from wdmoe.runtime.errors import ProtocolError
 from wdmoe.runtime.messages import (
     PROTOCOL_VERSION,
     ErrorReport,
@@ -106,6 +107,7 @@ def test_another_protocol_is_refused_for_good(service: DeviceService) -> None:
 def test_only_a_final_error_ends_it(service: DeviceService) -> None:
     service.on_message(Message(ErrorReport("not known here, say hello first")))
     assert service.refused is None and not service.welcomed
+    assert service.notice == "not known here, say hello first"
     service.on_message(Message(ErrorReport("serves another bundle", final=True)))
     assert service.refused == "serves another bundle"
 
@@ -124,3 +126,8 @@ def test_a_reply_in_half_precision_is_asked_for_by_the_request(service: DeviceSe
     reply = job()
     assert isinstance(reply.header, ExpertReply) and reply.header.wire == "fp16"
     assert reply.rows is not None and reply.rows.dtype == np.float16
+
+
+def test_what_an_error_quotes_is_cut(service: DeviceService) -> None:
+    (answer,) = service.on_malformed(ProtocolError("x" * 100_000))
+    assert isinstance(answer.header, ErrorReport) and len(answer.header.text) == 1000

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from wdmoe.runtime.errors import BundleError
@@ -107,3 +108,28 @@ def test_every_file_is_checked_to_its_last_byte(copy: Path) -> None:
     path.unlink()
     with pytest.raises(BundleError, match="missing; copy the folder again"):
         verify_files(copy / "device-0", manifest)
+
+
+@pytest.mark.parametrize("name", ["bs", "device-0"])
+def test_any_flipped_bit_of_a_manifest_is_refused(copy: Path, name: str) -> None:
+    kind: Any = BsManifest if name == "bs" else DeviceManifest
+    path = copy / name / "manifest.json"
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    sound = read_manifest(copy / name, kind)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        at, bit = int(rng.integers(len(whole))), int(rng.integers(8))
+        damaged[at] ^= 1 << bit
+        path.write_bytes(bytes(damaged))
+        try:
+            found = read_manifest(copy / name, kind)
+        except BundleError:
+            continue
+        assert found == sound  # white space between fields is not part of what is said
+
+
+def test_an_edited_manifest_is_refused(copy: Path) -> None:
+    edit(copy / "device-0" / "manifest.json", lambda m: m["source"].update(exporter="somebody else"))
+    with pytest.raises(BundleError, match="it was damaged or edited"):
+        read_manifest(copy / "device-0", DeviceManifest)
