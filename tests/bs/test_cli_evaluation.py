@@ -107,7 +107,7 @@ def test_what_is_finished_is_kept_and_not_run_again(command: Command, tmp_path: 
             "piqa-sample under exact is run again: it answered 1 rows, and 2 others are asked about now",
         ),
         (["--limit", "1", "--wire", "fp32"], "nothing of it is used again: wire was 'fp16' and is 'fp32'"),
-        (["--limit", "1", "--in-flight", "7"], "nothing of it is used again: in flight was 2 and is 7"),
+        (["--limit", "1", "--in-flight", "7"], "nothing of it is used again: in flight was 1 and is 7"),
     ],
 )
 def test_what_has_changed_is_run_again_and_told(

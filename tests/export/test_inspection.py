@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tiny import tiny_checkpoint
 
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
 from wdmoe.export.inspection import inspect_folder, total_bytes
 from wdmoe.runtime.errors import BundleError
+from wdmoe.runtime.manifest import BsManifest, DeviceManifest, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,10 @@ def _flip(path: Path) -> None:
 
 
 def _edit_manifest(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    """Change fields and seal the manifest again: as of another export, not as damaged."""
+    kind: Any = BsManifest if path.parent.name == "bs" else DeviceManifest
+    edited = json.loads(path.read_text()) | fields
+    write_manifest(path.parent, msgspec.json.decode(json.dumps(edited), type=kind))
 
 
 def _first_expert(bundle: Path) -> Path:
