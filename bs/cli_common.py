@@ -84,6 +84,25 @@ def data_dir_option(function: AnyFunction) -> AnyFunction:
     )
 
 
+def throughput_options(function: AnyFunction) -> AnyFunction:
+    """Add --batch and --in-flight."""
+    return _with_options(
+        function,
+        click.option(
+            "--batch",
+            type=click.IntRange(min=1),
+            default=DEFAULTS.batch,
+            help="Questions in a microbatch: more raises throughput, and the latency of each question.",
+        ),
+        click.option(
+            "--in-flight",
+            type=click.IntRange(min=1),
+            default=DEFAULTS.in_flight,
+            help="Microbatches at a time: more raises throughput over slow links.",
+        ),
+    )
+
+
 def json_option(function: AnyFunction) -> AnyFunction:
     """Add --json."""
     return _with_options(

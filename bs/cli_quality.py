@@ -18,6 +18,7 @@ from wdmoe.bs.cli_common import (
     reported_errors,
     say,
     station_options,
+    throughput_options,
     write_json,
 )
 from wdmoe.bs.config import StationConfig
@@ -38,6 +39,7 @@ _DATASETS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
 @click.option("--rows", type=click.IntRange(min=1), help="Only the first rows of each data set.")
 @click.option("--tokens", type=click.IntRange(min=1), help="Only the first tokens of wikitext2.")
 @model_options
+@throughput_options
 @json_option
 def quality(
     policies: tuple[str, ...],
@@ -85,6 +87,7 @@ def quality(
                     max_length=longest,
                     window=model.sliding_window,
                     in_flight=config.in_flight,
+                    batch=config.batch,
                     limit=rows,
                     prefix_token_id=prefix,
                     on_step=on_step,

@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from wdmoe.bs.cli_common import (
-    DEFAULTS,
     command_line,
     data_dir_option,
     json_option,
@@ -19,6 +18,7 @@ from wdmoe.bs.cli_common import (
     reported_errors,
     say,
     station_options,
+    throughput_options,
     write_json,
 )
 from wdmoe.bs.config import StationConfig
@@ -44,7 +44,7 @@ from wdmoe.bs.config import StationConfig
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first rows of each data set.")
 @model_options
-@click.option("--in-flight", type=click.IntRange(min=1), default=DEFAULTS.in_flight, help="Questions at a time.")
+@throughput_options
 @json_option
 def run(
     datasets: tuple[str, ...],

@@ -23,7 +23,8 @@ class StationConfig:
     keys: Path = field(default_factory=default_keys_dir)
     wire: Wire = "fp16"
     threads: int = os.cpu_count() or 1
-    in_flight: int = 1  # more raises throughput over slow links, and the latency of each question
+    in_flight: int = 1  # microbatches; more raises throughput over slow links, and the latency of each question
+    batch: int = 1  # questions in a microbatch; more raises throughput, and the latency of each question
     wait_s: float = 60.0
     bs_holds: str = "none"  # experts the base station may hold for when a device is lost: a number, all, none
     health: str | None = None  # HOST:PORT to serve /health on
@@ -35,8 +36,9 @@ class StationConfig:
             raise ValueError(f"--listen is {self.listen!r}, expected tcp://ADDRESS:PORT")
         if self.insecure and self.encrypt:
             raise ValueError("--insecure and --encrypt contradict each other")
-        if self.threads < 1 or self.in_flight < 1:
-            raise ValueError(f"--threads and --in-flight are {self.threads} and {self.in_flight}, expected at least 1")
+        for name in ("threads", "in_flight", "batch"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
         if not self.wait_s > 0:
             raise ValueError(f"--wait is {self.wait_s}, expected more than 0 seconds")
         if self.bs_holds not in ("all", "none") and not (self.bs_holds.isdecimal() and int(self.bs_holds) > 0):

@@ -49,17 +49,32 @@ def split_by_device(
         hidden: [tokens, d_model], what the experts see.
         wire: precision of the rows on the wire.
     """
-    token, slot = np.nonzero(plan.keep)
-    expert = routing.experts[token, slot]
-    weight = plan.weights[token, slot]
-    device = owner[expert]
+    tokens = np.arange(len(hidden))[:, None]
+    wanted = np.zeros((len(hidden), len(owner)), np.bool_)
+    wanted[tokens, routing.experts] = plan.keep
+    weights = np.zeros(wanted.shape, np.float32)
+    weights[tokens, routing.experts] = plan.weights
+    counts = wanted.sum(axis=0)
     shipments: list[Shipment] = []
-    for k in np.unique(device):
-        mine = device == k
-        rows, index = np.unique(token[mine], return_inverse=True)
+    for k, name in enumerate(names):
+        experts = np.flatnonzero((owner == k) & (counts > 0))
+        if len(experts) == 0:
+            continue
+        mine = wanted[:, experts]
+        rows = np.flatnonzero(mine.any(axis=1))
+        by_expert = mine[rows].T
         packed, wire_used = pack_rows(hidden[rows], wire)
-        request = _request(block, len(rows), wire_used, expert[mine], index, weight[mine])
-        shipments.append(Shipment(names[k], rows, request, packed))
+        request = ExpertRequest(
+            request_id=0,
+            block=block,
+            rows=len(rows),
+            wire=wire_used,
+            experts=tuple(experts.tolist()),
+            counts=tuple(counts[experts].tolist()),
+            index=np.nonzero(by_expert)[1].astype("<u4").tobytes(),
+            weights=weights[rows][:, experts].T[by_expert].astype("<f4").tobytes(),
+        )
+        shipments.append(Shipment(name, rows, request, packed))
     return shipments
 
 

@@ -102,7 +102,8 @@ def _run_policy(
     on_question: Callable[[], None],
 ) -> tuple[Evaluation, Summary, float]:
     model = station.manifest.model
-    scorer = DistributedScorer(station.pipeline, policy, station.config.in_flight, model.sliding_window)
+    config = station.config
+    scorer = DistributedScorer(station.pipeline, policy, config.in_flight, model.sliding_window, config.batch)
     # The first calls allocate and the corrections of the latency model start from nothing.
     scorer.score([_WARM_UP] * _WARM_UP_ROUNDS)
     scorer.records.clear()

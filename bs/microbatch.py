@@ -1,7 +1,8 @@
 """What goes through the model at once: flat rows of tokens, with a mask that says who sees whom.
 
-Rows of several sequences, of a trie of choices, of a prompt or of one new token are all the same thing here, so
-nothing is ever padded.
+Rows of several questions, of a trie of choices, of a prompt or of one new token are all the same thing here, so no
+row is padding: neither the experts nor the air see any. Only attention, which would cost the square of all rows, looks
+at rows lane by lane.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy.typing as npt
 from wdmoe.bs.questions import Answer, Question, TokenIds
 from wdmoe.bs.routing import Bools, Floats, Ints
 from wdmoe.runtime.messages import MAX_ROWS
+
+_BATCH_ROWS = 1024  # rows of a microbatch of several questions: beyond, nothing gets faster
 
 
 class KvCache:
@@ -64,17 +67,20 @@ class KvCache:
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """Rows to run through the model."""
+    """Rows to run through the model, in lanes that do not see each other."""
 
     name: str
     token_ids: Ints  # [n]
     positions: Ints  # [n]
-    mask: Floats  # [n, past + n], added to attention scores: 0 or -inf
+    lanes: Ints  # [b, l], rows of each lane; where a lane is shorter than l, any row stands in
+    back: Ints  # [n], index of each row in lanes, flattened
+    mask: Floats  # [b, 1, l, past + l], added to attention scores: 0 or -inf
     head_rows: Ints  # [m], rows whose next token is asked for, ascending
     target_rows: Ints  # [t], index into head_rows
     target_ids: Ints  # [t], tokens whose log-probability is asked for
     want_logits: bool = False  # whether the result carries all logits of head_rows
-    cache: KvCache | None = None  # None: nothing comes before and nothing is kept
+    cache: KvCache | None = None  # of the only lane; None: nothing comes before and nothing is kept
+    questions: int = 1  # how many it holds
 
     def __post_init__(self) -> None:
         """Refuse what no device would take."""
@@ -152,21 +158,56 @@ def causal_mask(new: int, past: int, window: int | None) -> Floats:
     return np.where(sees, np.float32(0), np.float32(-np.inf))
 
 
-def pack_question(question: Question, window: int | None) -> Microbatch:
-    """Lay the choices of a question out as one trie: what they share is computed once, with equal results."""
-    trie = merge_prefixes([choice.context + choice.continuation[:-1] for choice in question.choices])
-    predicting = [rows[len(choice.context) - 1 :] for choice, rows in zip(question.choices, trie.rows, strict=True)]
+def pack_questions(questions: Sequence[Question], window: int | None) -> Microbatch:
+    """Lay questions out, each as a lane of its own.
+
+    The choices of a question are one trie: what they share is computed once, with equal results.
+
+    Args:
+        questions: at least one.
+        window: how many positions a token sees, itself included; None: all.
+    """
+    tries = [
+        merge_prefixes([choice.context + choice.continuation[:-1] for choice in question.choices])
+        for question in questions
+    ]
+    sizes = [len(trie.token_ids) for trie in tries]
+    starts = np.cumsum([0, *sizes[:-1]])
+    predicting = [
+        rows[len(choice.context) - 1 :] + start
+        for question, trie, start in zip(questions, tries, starts, strict=True)
+        for choice, rows in zip(question.choices, trie.rows, strict=True)
+    ]
     head_rows, target_rows = np.unique(np.concatenate(predicting), return_inverse=True)
-    targets = [token for choice in question.choices for token in choice.continuation]
+    targets = [token for question in questions for choice in question.choices for token in choice.continuation]
+    masks = [ancestor_mask(trie.parent, trie.depth, window) for trie in tries]
     return Microbatch(
-        question.name,
-        trie.token_ids,
-        trie.depth,
-        ancestor_mask(trie.parent, trie.depth, window),
+        questions[0].name if len(questions) == 1 else f"{questions[0].name} and {len(questions) - 1} more",
+        np.concatenate([trie.token_ids for trie in tries]),
+        np.concatenate([trie.depth for trie in tries]),
+        *_lay_in_lanes(masks),
         head_rows,
         target_rows,
         np.array(targets, np.int64),
+        questions=len(questions),
     )
+
+
+def _lay_in_lanes(masks: Sequence[Floats]) -> tuple[Ints, Ints, Floats]:
+    """Return lanes, back and mask of a microbatch, from each lane's own mask [n, n]."""
+    width = max(len(mask) for mask in masks)
+    lanes = np.zeros((len(masks), width), np.int64)
+    whole = np.full((len(masks), 1, width, width), -np.inf, np.float32)
+    whole[:, :, :, 0] = 0  # what stands in for a row sees something: a softmax over nothing is not a number
+    back: list[Ints] = []
+    start = 0
+    for k, mask in enumerate(masks):
+        n = len(mask)
+        lanes[k, :n] = np.arange(start, start + n)
+        whole[k, 0, :n, :n] = mask
+        back.append(np.arange(k * width, k * width + n))
+        start += n
+    return lanes, np.concatenate(back), whole
 
 
 def pack_sequence(
@@ -181,7 +222,9 @@ def pack_sequence(
         name,
         np.array(token_ids, np.int64),
         np.arange(past, past + new),
-        causal_mask(new, past, window),
+        np.arange(new)[None],
+        np.arange(new),
+        causal_mask(new, past, window)[None, None],
         np.arange(0 if all_logits else new - 1, new),
         none,
         none,
@@ -190,8 +233,38 @@ def pack_sequence(
     )
 
 
-def answer_of(question: Question, result: Result) -> Answer:
-    """Sum the target tokens' log-probabilities by choice."""
-    ends = np.cumsum([len(choice.continuation) for choice in question.choices])[:-1]
-    sums = tuple(float(part.sum(dtype=np.float64)) for part in np.split(result.logprobs, ends))
-    return Answer(sums, tuple(bool(part.all()) for part in np.split(result.greedy, ends)))
+def answers_of(questions: Sequence[Question], result: Result) -> list[Answer]:
+    """Sum the target tokens' log-probabilities by choice, for the questions of a microbatch in their order."""
+    answers: list[Answer] = []
+    at = 0
+    for question in questions:
+        sums: list[float] = []
+        greedy: list[bool] = []
+        for choice in question.choices:
+            part = slice(at, at + len(choice.continuation))
+            sums.append(float(result.logprobs[part].sum(dtype=np.float64)))
+            greedy.append(bool(result.greedy[part].all()))
+            at = part.stop
+        answers.append(Answer(tuple(sums), tuple(greedy)))
+    return answers
+
+
+def in_batches(questions: Sequence[Question], batch: int) -> list[tuple[int, ...]]:
+    """Divide questions among microbatches, those of like length together: index of each question.
+
+    Args:
+        questions: any number.
+        batch: questions in one microbatch at most; fewer where they are long. 1 keeps their order.
+    """
+    if batch == 1:
+        return [(number,) for number in range(len(questions))]
+    # About what a trie of the choices will hold: they share most of their context, and little of what follows.
+    sizes = [sum(len(c.continuation) for c in q.choices) + max(len(c.context) for c in q.choices) for q in questions]
+    batches: list[tuple[int, ...]] = []
+    for number in sorted(range(len(questions)), key=sizes.__getitem__, reverse=True):
+        last = batches[-1] if batches else ()
+        if last and len(last) < batch and sizes[number] + sum(sizes[k] for k in last) <= _BATCH_ROWS:
+            batches[-1] = (*last, number)
+        else:
+            batches.append((number,))
+    return batches

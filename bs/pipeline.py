@@ -207,7 +207,8 @@ class Pipeline:
     def _depart(self, number: int, microbatch: Microbatch, policy: Policy) -> None:
         now_s = self._hub.clock.now_s()
         angles = rope_angles(self._model.rope, microbatch.positions)
-        flight = Flight(number, microbatch, angles, now_s, Record(microbatch.name, len(microbatch.token_ids)))
+        record = Record(microbatch.name, len(microbatch.token_ids), microbatch.questions)
+        flight = Flight(number, microbatch, angles, now_s, record)
         self._flights.append(flight)
         self._submit_step(flight, None, policy)
 

@@ -32,6 +32,7 @@ class Record:
 
     name: str
     tokens: int
+    questions: int = 1  # in the microbatch; each of them took as long as it
     latency_ms: float = 0.0
     bs_ms: float = 0.0  # stages, routing, selecting, packing, combining; without the shared experts
     blocks: list[BlockRecord] = field(default_factory=list)
@@ -70,7 +71,9 @@ def summarise(records: Sequence[Record]) -> Summary:
     if not records:
         raise ValueError("nothing was recorded")
     blocks = [block for record in records for block in record.blocks]
-    latency = np.percentile([record.latency_ms for record in records], (50, 95))
+    questions = sum(record.questions for record in records)
+    latencies = np.repeat([record.latency_ms for record in records], [record.questions for record in records])
+    latency = np.percentile(latencies, (50, 95))
     thetas = [block.theta for block in blocks if block.theta is not None]
     stops: dict[str, int] = {}
     for block in blocks:
@@ -78,14 +81,14 @@ def summarise(records: Sequence[Record]) -> Summary:
             stops[block.stopped] = stops.get(block.stopped, 0) + 1
     mass = sum(block.gate_mass for block in blocks)
     return Summary(
-        questions=len(records),
+        questions=questions,
         tokens=sum(record.tokens for record in records),
-        latency_mean_ms=sum(record.latency_ms for record in records) / len(records),
+        latency_mean_ms=float(latencies.mean()),
         latency_p50_ms=float(latency[0]),
         latency_p95_ms=float(latency[1]),
-        waiting_ms=sum(block.waiting_ms for block in blocks) / len(records),
-        bs_ms=sum(record.bs_ms for record in records) / len(records),
-        device_ms=sum(block.device_ms for block in blocks) / len(records),
+        waiting_ms=sum(block.waiting_ms for block in blocks) / questions,
+        bs_ms=sum(record.bs_ms for record in records) / questions,
+        device_ms=sum(block.device_ms for block in blocks) / questions,
         bytes_down=sum(block.bytes_down for block in blocks),
         bytes_up=sum(block.bytes_up for block in blocks),
         pairs=sum(block.pairs for block in blocks),

@@ -56,6 +56,7 @@ def describe_station(station: Station, command: str) -> dict[str, Any]:
             "encrypted": config.encrypted,
         },
         "in_flight": config.in_flight,
+        "batch": config.batch,
         "threads": config.threads,
         "devices": [describe_device(station.hub, name) for name in sorted(station.hub.devices)],
     }
@@ -160,6 +161,7 @@ def _circumstances(result: dict[str, Any]) -> dict[str, Any]:
         "wire": result["link"]["wire"],
         "encrypted": result["link"]["encrypted"],
         "in flight": result["in_flight"],
+        "batch": result["batch"],
         "threads": result["threads"],
         "devices": [
             " ".join((device["name"], device["engine"], device["precision"], "on", device["hardware"]))

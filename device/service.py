@@ -29,10 +29,17 @@ from wdmoe.runtime.messages import (
     unpack_rows,
 )
 
-Job = Callable[[], Message]
 HELLO_EVERY_S = 0.5
 _TEXT_LIMIT = 1000  # characters of an error that is reported
 SILENT_HEARTBEATS = 10  # after which the base station counts as gone
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Work whose result is the answer to a message."""
+
+    run: Callable[[], Message]  # reports its own failures
+    expected_ms: float  # by the profile
 
 
 def run_request(message: Message, engine: ExpertEngine, clock: Clock, arrived_s: float) -> Message:
@@ -112,7 +119,8 @@ class DeviceService:
                 if (text := self._refusal(request)) is not None:
                     return [Message(ErrorReport(text, request.request_id))], None
                 self.requests += 1
-                return [], lambda: self._compute(message, now_s)
+                expected_ms = sum(map(self.profile.call_ms, request.counts))
+                return [], Job(lambda: self._compute(message, now_s), expected_ms)
             case ErrorReport(text=text, final=final):
                 self.welcomed = False
                 self.notice, self.refused = text, text if final else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 
 from wdmoe.device.service import HELLO_EVERY_S, DeviceService
@@ -13,6 +14,7 @@ from wdmoe.runtime.worker import Worker
 
 _HINT_AFTER_S = 15.0
 _REDIAL_AFTER_S = 10.0  # without a welcome
+_SHORT_MS = 20.0  # a ping can wait that long; handing a job to the worker and back costs two switches of thread
 
 
 def serve(
@@ -27,7 +29,7 @@ def serve(
     Args:
         service: what to answer.
         link: to the base station.
-        worker: runs the experts, so that pings are answered meanwhile.
+        worker: runs what takes long, so that pings are answered meanwhile.
         stop: set by a signal handler, which also wakes the link.
         say: told when the base station comes and goes.
 
@@ -35,6 +37,8 @@ def serve(
         WdmoeError: the base station refused this device for good; the text is the base station's.
     """
     outgoing: list[Message] = []
+    inbox: deque[Parcel] = deque()
+    with_worker = 0  # jobs
     was_welcome = False
     hint_s = service.clock.now_s() + _HINT_AFTER_S
     redial_s = service.clock.now_s() + _REDIAL_AFTER_S
@@ -52,21 +56,26 @@ def serve(
             redial_s = service.clock.now_s() + _REDIAL_AFTER_S
             link.redial()
         outgoing += service.on_tick()
-        arrived = link.exchange([Parcel(BS, encode(message)) for message in outgoing], HELLO_EVERY_S)
+        inbox += link.exchange([Parcel(BS, encode(message)) for message in outgoing], 0.0 if inbox else HELLO_EVERY_S)
         outgoing = []
-        for parcel in arrived:
+        while inbox:
             try:
-                message = decode(parcel.frames, service.manifest.model.d_model)
+                message = decode(inbox.popleft().frames, service.manifest.model.d_model)
             except ProtocolError as error:
                 outgoing += service.on_malformed(error)
                 continue
             answers, job = service.on_message(message)
             outgoing += answers
-            if job is not None:
-                worker.submit(job)
+            if job is not None and (with_worker or job.expected_ms > _SHORT_MS):
+                worker.submit(job.run)
+                with_worker += 1
+            elif job is not None:
+                outgoing.append(job.run())
+                break  # this answer does not wait for the next to be computed
         for done in worker.finished():
-            assert done.result is not None, done.error  # the job reports its own failures
+            assert done.result is not None, done.error
             outgoing.append(done.result)
+            with_worker -= 1
         if service.notice != notice:
             notice = service.notice
             if notice is not None:

@@ -138,16 +138,12 @@ def shared_graph(layout: ModelLayout, block: int, weights: Mapping[str, Weight])
 
 
 def head_graph(layout: ModelLayout, weights: Mapping[str, Weight]) -> onnx.ModelProto:
-    """Build the head: logits, and what scoring and greedy decoding need of them."""
+    """Build the head. Its log-softmax is the base station's: ONNX Runtime's sums lose digits over a large vocabulary."""
     spec = layout.spec
     graph = _Graph("head", STATION_OPSET, weights)
     hidden = graph.input("hidden", ["M", spec.d_model])
-    logits = graph.linear(hidden, "embedding" if layout.tied_head else "head", "logits")
-    graph.add("ReduceLogSumExp", [logits, graph.integers("vocabulary_axis", [1])], "logsumexp", keepdims=0)
-    graph.add("ArgMax", [logits], "argmax", axis=1, keepdims=0)
+    graph.linear(hidden, "embedding" if layout.tied_head else "head", "logits")
     graph.output("logits", ["M", spec.vocab_size])
-    graph.output("logsumexp", ["M"])
-    graph.output("argmax", ["M"], TensorProto.INT64)
     return graph.build()
 
 
@@ -160,37 +156,52 @@ def expert_graph(d_model: int, weights: Mapping[str, Weight]) -> onnx.ModelProto
 
 
 def _attention(graph: _Graph, layout: ModelLayout, residual: str, has_bias: bool) -> str:
-    """Append attention over cached and new tokens; its result is [N, n_heads x head_dim], before the projection."""
+    """Append attention over cached and new tokens; its result is [N, n_heads x head_dim], before the projection.
+
+    Tokens are flat rows everywhere but inside the Attention operator: there, each lane is a batch entry of its own, so
+    that lanes cost nothing to each other. Only there is a shorter lane padded.
+    """
     spec = layout.spec
     half = spec.head_dim // 2
     cos, sin = graph.input("cos", ["N", half]), graph.input("sin", ["N", half])
-    past_key, past_value = graph.input("past_key", ["P", spec.kv_dim]), graph.input("past_value", ["P", spec.kv_dim])
-    mask = graph.input("mask", ["N", "P+N"])
+    past_key = graph.input("past_key", ["B", "P", spec.kv_dim])
+    past_value = graph.input("past_value", ["B", "P", spec.kv_dim])
+    mask = graph.input("mask", ["B", 1, "L", "P+L"])
+    lanes = graph.input("lanes", ["B", "L"], TensorProto.INT64)
+    back = graph.input("back", ["N"], TensorProto.INT64)
 
-    # The operators want a batch axis; there is one row of tokens, whatever sequences they belong to.
+    # RotaryEmbedding wants a batch axis; to it, all tokens are one sequence.
     axis = graph.integers("batch_axis", [0])
+    angles = [graph.add("Unsqueeze", [name, axis], f"{name}_batched") for name in (cos, sin)]
 
-    def batched(name: str) -> str:
-        return graph.add("Unsqueeze", [name, axis], f"{name}_batched")
+    def rotated(name: str, output: str, n_heads: int) -> str:
+        batched = graph.add("Unsqueeze", [name, axis], f"{name}_batched")
+        turned = graph.add("RotaryEmbedding", [batched, *angles], f"{output}_batched", num_heads=n_heads)
+        return graph.add("Squeeze", [turned, axis], output)
+
+    def in_lanes(name: str) -> str:
+        return graph.add("Gather", [name, lanes], f"{name}_lanes", axis=0)
 
     normed = graph.rms_norm(residual, "input_norm", "normed", layout.norm_eps)
     qkv = graph.linear(normed, "wqkv", "qkv", "bqkv" if has_bias else None)
     sizes = graph.integers("qkv_sizes", [spec.n_heads * spec.head_dim, spec.kv_dim, spec.kv_dim])
     graph.add("Split", [qkv, sizes], "query", "key", "new_value", axis=1)
-    angles = [batched(cos), batched(sin)]
-    query = graph.add("RotaryEmbedding", [batched("query"), *angles], "rotated_query", num_heads=spec.n_heads)
-    key = graph.add("RotaryEmbedding", [batched("key"), *angles], "rotated_key", num_heads=spec.n_kv_heads)
-    graph.add("Squeeze", [key, axis], "new_key")
-    keys = graph.add("Concat", [past_key, "new_key"], "keys", axis=0)
-    values = graph.add("Concat", [past_value, "new_value"], "values", axis=0)
+    query = rotated("query", "rotated_query", spec.n_heads)
+    key = rotated("key", "new_key", spec.n_kv_heads)
     attended = graph.add(
         "Attention",
-        [query, batched(keys), batched(values), mask],
-        "attended_batched",
+        [
+            in_lanes(query),
+            graph.add("Concat", [past_key, in_lanes(key)], "keys", axis=1),
+            graph.add("Concat", [past_value, in_lanes("new_value")], "values", axis=1),
+            mask,
+        ],
+        "attended_lanes",
         q_num_heads=spec.n_heads,
         kv_num_heads=spec.n_kv_heads,
     )
-    return graph.add("Squeeze", [attended, axis], "attended")
+    flat = graph.integers("flat_shape", [-1, spec.n_heads * spec.head_dim])
+    return graph.add("Gather", [graph.add("Reshape", [attended, flat], "attended_flat"), back], "attended", axis=0)
 
 
 def _external(name: str, weight: Weight) -> TensorProto:

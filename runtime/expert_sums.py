@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from wdmoe.runtime.engines import ExpertEngine
 from wdmoe.runtime.messages import ExpertRequest, Rows, request_index, request_weights
@@ -23,10 +24,12 @@ def weighted_sums(engine: ExpertEngine, request: ExpertRequest, rows: Rows) -> R
     total = np.zeros(rows.shape, np.float32)
     at = 0
     for expert, count in zip(request.experts, request.counts, strict=True):
-        which = index[at : at + count]
-        # `index` ascends within an expert, so as many entries as rows means every row in order.
-        out = engine.run(request.block, expert, rows if count == len(rows) else rows[which])
-        # For the same reason no two additions meet.
+        which: slice | npt.NDArray[np.uint32] = index[at : at + count]
+        first, last = int(index[at]), int(index[at + count - 1])
+        if last - first + 1 == count:  # `index` ascends within an expert: its rows are one piece, which needs no copy
+            which = slice(first, last + 1)
+        out = engine.run(request.block, expert, rows[which])
+        # As it ascends, no two additions meet.
         total[which] += out * weights[at : at + count, None]
         at += count
     return total

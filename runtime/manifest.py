@@ -16,7 +16,7 @@ import msgspec
 from wdmoe.runtime.errors import BundleError
 
 FORMAT: Final = "wdmoe-bundle"
-VERSION = 1
+VERSION = 2
 MANIFEST_NAME = "manifest.json"
 
 Precision = Literal["fp32", "fp16"]

@@ -341,7 +341,7 @@ def fuzz_service(rng: np.random.Generator, corpus: Sequence[Frames], folder: Pat
                         (header.block, e) not in held for e in header.experts
                     ):
                         tally.accept(f"a device runs {frames[0][:200]!r}")
-                    answers = [*answers, job()]
+                    answers = [*answers, job.run()]
             for answer in answers:
                 if lawful([bytes(frame) for frame in encode(answer)], d_model) is None:
                     tally.crash("device", ValueError(f"an answer that is no message: {str(answer.header)[:200]}"))

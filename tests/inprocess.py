@@ -53,7 +53,7 @@ def answer_with(service: DeviceService) -> Handler:
 
     def handle(frames: Sequence[Frame]) -> Iterable[Sequence[Frame]]:
         answers, job = service.on_message(decode(frames, service.manifest.model.d_model))
-        return [encode(message) for message in (*answers, *([job()] if job is not None else []))]
+        return [encode(message) for message in (*answers, *([job.run()] if job is not None else []))]
 
     return handle
 

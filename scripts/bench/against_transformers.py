@@ -2,8 +2,8 @@
 
     python scripts/bench/against_transformers.py --data-dir DIR --json -
 
-Our arms run `wdmoe-bs run --policy exact` as a user would, once with float32 and once with float16 rows on the wire;
-each is one process for the base station and four for the devices. transformers runs in this process at every batch
+Our arms run `wdmoe-bs run --policy exact` as a user would, with float32 and with float16 rows on the wire, one question
+at a time and several; each is one process for the base station and four for the devices. transformers runs in this process at every batch
 size asked for. Both are timed from the first tokenised prompt to the last answer, without loading, and the judge is
 the same. With float32 rows every row must be answered as transformers answers it; only where the two choices'
 log-likelihoods differ by less than 1e-3 may a rounding decide, and those rows are listed. Exit code 1 otherwise.
@@ -36,11 +36,25 @@ from wdmoe.export.models import SMALL_MODEL, find_checkpoint
 
 NEAR_TIE = 1e-3  # of log-likelihoods
 BUSY = 0.05  # share of the processors that others may take without a word
-WIRES = ("fp32", "fp16")
 DATASET = "piqa"
 _DEFAULTS = StationConfig()
 
 LogLikelihoods = Sequence[Sequence[float]]  # [rows][choices]
+
+
+@dataclass(frozen=True, slots=True)
+class OurArm:
+    """One arm of ours."""
+
+    wire: str
+    batch: int = 1  # questions in a microbatch
+    in_flight: int = 1
+
+    @property
+    def described(self) -> str:
+        """As the tables call it."""
+        several = "one question at a time" if self.batch == 1 else f"batch {self.batch}, {self.in_flight} in flight"
+        return f"wdmoe, {self.wire} wire, {several}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +83,8 @@ class Arm:
 @click.option(
     "--threads", type=click.IntRange(min=1), default=_DEFAULTS.threads, show_default=True, help="Of wdmoe-bs."
 )
-@click.option("--in-flight", type=click.IntRange(min=1), default=_DEFAULTS.in_flight, show_default=True)
+@click.option("--our-batch", type=click.IntRange(min=2), default=8, show_default=True, help="Of our batched arms.")
+@click.option("--in-flight", type=click.IntRange(min=1), default=2, show_default=True, help="Of our batched arms.")
 @click.option("--torch-threads", type=click.IntRange(min=1), help="Of transformers.  [default: torch's own choice]")
 def main(
     data_dir: Path,
@@ -79,6 +94,7 @@ def main(
     batches: tuple[int, ...],
     experts: tuple[str, ...],
     threads: int,
+    our_batch: int,
     in_flight: int,
     torch_threads: int | None,
 ) -> None:
@@ -88,12 +104,11 @@ def main(
     checkpoint, name = find_checkpoint(model, progress)
     task = load_task(DATASET, data_dir)
     with tempfile.TemporaryDirectory(prefix="wdmoe-against-") as scratch:
-        ours = run_wdmoe(checkpoint, name, Path(scratch), data_dir, limit, threads, in_flight)
+        ours = run_wdmoe(checkpoint, name, Path(scratch), data_dir, limit, threads, our_arms(our_batch, in_flight))
     arms = run_transformers(checkpoint, task, limit, batches, experts, torch_threads)
     result = describe(ours, arms) | {
         "model": name,
         "threads": {"wdmoe_bs": threads, "wdmoe_device": 1, "devices": 4, "torch": _torch_threads()},
-        "in_flight": in_flight,
         **described,
     }
     _print_tables(result)
@@ -101,21 +116,38 @@ def main(
     sys.exit(1 if result["disagreements"] else 0)
 
 
+def our_arms(batch: int, in_flight: int) -> dict[str, OurArm]:
+    """Name our arms, as they stand in the result."""
+    return {
+        "wdmoe": OurArm("fp32"),
+        "wdmoe_batched": OurArm("fp32", batch, in_flight),
+        "wdmoe_fp16_wire": OurArm("fp16"),
+        "wdmoe_fp16_wire_batched": OurArm("fp16", batch, in_flight),
+    }
+
+
 def run_wdmoe(
-    checkpoint: Path, name: str, scratch: Path, data_dir: Path, limit: int | None, threads: int, in_flight: int
+    checkpoint: Path,
+    name: str,
+    scratch: Path,
+    data_dir: Path,
+    limit: int | None,
+    threads: int,
+    arms: dict[str, OurArm],
 ) -> dict[str, dict[str, Any]]:
-    """Run each arm of ours; returns wire -> its only result in the JSON of wdmoe-bs."""
+    """Run each arm of ours; returns for each the only result in the JSON of wdmoe-bs."""
     progress(f"{name}: exporting")
     config = ExportConfig(scratch / "bundle", devices=4)
     export_bundle(plan_export(checkpoint, name, config), config)
     address = free_address()
     results: dict[str, dict[str, Any]] = {}
     with device_processes(config.out, address) as devices:
-        for wire in WIRES:
-            progress(f"wdmoe, 4 device processes, {wire} on the wire")
-            out = scratch / f"{wire}.json"
+        for key, arm in arms.items():
+            progress(f"{arm.described}, 4 device processes")
+            out = scratch / f"{key}.json"
             options = ["--bundle", config.out, "--listen", address, "--dataset", DATASET, "--data-dir", data_dir]
-            options += ["--policy", "exact", "--wire", wire, "--threads", threads, "--in-flight", in_flight]
+            options += ["--policy", "exact", "--wire", arm.wire, "--threads", threads]
+            options += ["--batch", arm.batch, "--in-flight", arm.in_flight]
             options += ["--limit", limit] if limit is not None else []
             # Its tables would stand between stdout and whoever reads our JSON there.
             line = command("wdmoe-bs", "run", *options, "--json", out)
@@ -123,7 +155,8 @@ def run_wdmoe(
             if (code := subprocess.run(line, stdout=sys.stderr, check=False).returncode) != 0:
                 raise click.ClickException(f"wdmoe-bs ended with exit code {code}")
             (result,) = json.loads(out.read_text())["results"]
-            results[wire] = result | {"cpu": cpu.since()}  # loading included
+            results[key] = result | {"cpu": cpu.since(), "arm": arm.described}  # loading included
+            progress(f"{arm.described}: {result['wall_s']:.1f} s")
     return results
 
 
@@ -169,8 +202,9 @@ def describe(ours: dict[str, dict[str, Any]], arms: Sequence[Arm]) -> dict[str, 
     if len(digests) != 1:
         raise click.ClickException("the arms were not asked the same rows")
     compared = {
-        wire: compare_answers(run["log_likelihoods"], control.evaluation.log_likelihoods) for wire, run in ours.items()
+        key: compare_answers(run["log_likelihoods"], control.evaluation.log_likelihoods) for key, run in ours.items()
     }
+    exact = [compared["wdmoe"], compared["wdmoe_batched"]]
     best = min(arms, key=lambda arm: arm.wall_s)
     by_experts: dict[str, dict[str, float]] = {}
     for arm in arms:
@@ -180,14 +214,14 @@ def describe(ours: dict[str, dict[str, Any]], arms: Sequence[Arm]) -> dict[str, 
         "rows": control.evaluation.rows,
         "rows_digest": control.evaluation.rows_digest,
         "judge": control.evaluation.judge,
-        **compared["fp32"],
+        "disagreements": sum(answers["disagreements"] for answers in exact),  # with float32 rows
+        "near_ties": max((answers["near_ties"] for answers in exact), key=len),
+        "max_abs_ll_difference": max(answers["max_abs_ll_difference"] for answers in exact),
         "near_tie_below": NEAR_TIE,
-        "speedup": best.wall_s / ours["fp32"]["wall_s"],
-        "speedup_fp16_wire": best.wall_s / ours["fp16"]["wall_s"],
+        "speedup": {key: best.wall_s / run["wall_s"] for key, run in ours.items()},
         "best_batch": best.batch,
         "best_experts": best.experts,
-        "wdmoe": _describe_ours(ours["fp32"]),
-        "wdmoe_fp16_wire": _describe_ours(ours["fp16"]) | compared["fp16"],
+        **{key: _describe_ours(run) | compared[key] for key, run in ours.items()},
         "transformers": {
             **fastest_experts,
             "by_experts": by_experts,
@@ -240,18 +274,18 @@ def _margin(log_likelihoods: Sequence[float]) -> float:
 
 def _describe_ours(run: dict[str, Any]) -> dict[str, Any]:
     return {
+        "arm": run["arm"],
         "wall_s": run["wall_s"],
         "tokens": run["tokens"],
         "tokens_per_s": run["tokens_per_s"],
         "latency_p50_ms": run["latency_p50_ms"],
         "latency_p95_ms": run["latency_p95_ms"],
         "accuracy": run["accuracy"],
-        # Mean of a question. Questions overlap, so these sum up to the latency, not to the wall time.
+        # A question's share of its microbatch. Microbatches overlap: these need not sum up to the wall time.
         "split_ms": {
             "bs": run["bs_ms"],
             "waiting_for_devices": run["waiting_ms"],
-            "other": run["latency_mean_ms"] - run["bs_ms"] - run["waiting_ms"],
-            "latency": run["latency_mean_ms"],
+            "wall": run["wall_s"] * 1e3 / run["questions"],
         },
         "device_ms": run["device_ms"],  # the slowest device of each block; part of it hides behind the shared experts
         "bytes_down": run["bytes_down"],
@@ -268,7 +302,8 @@ def _torch_threads() -> int:
 
 
 def _cpu_uses(result: dict[str, Any]) -> list[dict[str, float | None]]:
-    return [result["wdmoe"]["cpu"], result["wdmoe_fp16_wire"]["cpu"], *result["transformers"]["cpu"].values()]
+    ours = [result[key]["cpu"] for key in result["speedup"]]
+    return [*ours, *result["transformers"]["cpu"].values()]
 
 
 def _print_tables(result: dict[str, Any]) -> None:
@@ -276,10 +311,10 @@ def _print_tables(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("what", "wall s", "against ours"):
+    for heading in ("what", "wall s", "of the first"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
     base = result["wdmoe"]["wall_s"]
-    rows = [("wdmoe, fp32 on the wire", base), ("wdmoe, fp16 on the wire", result["wdmoe_fp16_wire"]["wall_s"])]
+    rows = [(result[key]["arm"], result[key]["wall_s"]) for key in result["speedup"]]
     rows += [
         (f"transformers, {experts}, batch {batch}", wall_s)
         for experts, walls in result["transformers"]["by_experts"].items()
