@@ -55,12 +55,14 @@ def quality(
     Perplexity of wikitext2 at most 1.02 x the exact one; mean KL from exact on the tokens of the answers at most
     0.02 nats; and, over at least 5,000 rows, the lower end of the 95 % interval of the paired accuracy difference
     at least -1.0 points.
+
+    With --json FILE what is done is kept in FILE.unfinished; the same command given again goes on from there.
     """
     with reported_errors():
         from wdmoe.bs.evaluation import load_task
         from wdmoe.bs.experiment import load_tokenizer, max_length
-        from wdmoe.bs.quality import PERPLEXITY_SET, QualityBar, measure_quality, text_windows
-        from wdmoe.bs.results import describe_quality, describe_station
+        from wdmoe.bs.quality import PERPLEXITY_SET, Finished, QualityBar, measure_quality, text_windows
+        from wdmoe.bs.results import circumstances, describe_quality, describe_station, read_finished, write_finished
         from wdmoe.bs.station import open_station
         from wdmoe.bs.tables import quality_table
 
@@ -75,8 +77,17 @@ def quality(
             model, tokenizer = open_.manifest.model, load_tokenizer(open_)
             longest, prefix = max_length(open_), model.bos_token_id
             text = text_windows(text_task, tokenizer, max_length=longest, tokens=tokens, prefix_token_id=prefix)
-            steps = {PERPLEXITY_SET: len(text) * (1 + len(chosen))}
-            steps |= {task.dataset: task.count(rows) for task in tasks}
+            kept = None if json_path is None or str(json_path) == "-" else Path(f"{json_path}.unfinished")
+            now = circumstances(describe_station(open_, command))
+            now |= {"policies": [policy.describe() for policy in chosen], "tokens": tokens}
+            finished, refused = read_finished(kept, now) if kept is not None else (Finished(), None)
+            if refused is not None:
+                say(f"{kept}: nothing of it is used again: {refused}")
+            texts_left = 1 + len(chosen) - len(finished.likelihoods)
+            steps = {PERPLEXITY_SET: len(text) * texts_left}
+            steps |= {task.dataset: task.count(rows) for task in tasks if task.digest(rows) not in finished.parts}
+            if finished.likelihoods:
+                say(f"{kept}: {texts_left} texts and {len(steps) - 1} data sets are left to do")
             with progress_bars(steps) as on_step:
                 qualities = measure_quality(
                     open_.pipeline,
@@ -91,6 +102,8 @@ def quality(
                     limit=rows,
                     prefix_token_id=prefix,
                     on_step=on_step,
+                    finished=finished,
+                    on_finished=lambda done: None if kept is None else write_finished(kept, now, done),
                 )
             head = describe_station(open_, command)
         if json_path is None or str(json_path) != "-":
@@ -98,3 +111,5 @@ def quality(
                 print_table(quality_table(measured, bar, text_task.variant))
         if json_path is not None:
             write_json(json_path, describe_quality(head, qualities, bar, text_task))
+        if kept is not None:
+            kept.unlink(missing_ok=True)

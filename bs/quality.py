@@ -18,7 +18,7 @@ from wdmoe.bs.evaluation import Evaluation, LoadedTask, PairedDifference, evalua
 from wdmoe.bs.microbatch import Result, answers_of, in_batches, pack_questions
 from wdmoe.bs.pipeline import Pipeline
 from wdmoe.bs.policies import Exact, Policy
-from wdmoe.bs.questions import Answer, Choice, Question
+from wdmoe.bs.questions import Answer, Choice, Question, Scorer
 from wdmoe.bs.records import Record, Summary, summarise
 from wdmoe.bs.routing import Floats
 from wdmoe.bs.scoring import DistributedScorer
@@ -77,9 +77,38 @@ class Divergence:
 
     def add(self, values: npt.NDArray[np.float64]) -> None:
         """Count some positions."""
-        self.positions += len(values)
-        self.total += float(values.sum())
-        self.largest = max(self.largest, float(values.max(initial=0.0)))
+        self.join(Divergence(len(values), float(values.sum()), float(values.max(initial=0.0))))
+
+    def join(self, other: Divergence) -> None:
+        """Count another's positions, too."""
+        self.positions += other.positions
+        self.total += other.total
+        self.largest = max(self.largest, other.largest)
+
+
+@dataclass(slots=True)
+class Compared:
+    """How one policy answered some questions."""
+
+    answers: dict[str, Answer] = field(default_factory=dict)  # by question name
+    divergence: Divergence = field(default_factory=Divergence)  # from exact
+    records: list[Record] = field(default_factory=list)  # of its microbatches
+
+
+@dataclass(slots=True)
+class Part:
+    """How exact and every policy answered one data set."""
+
+    exact: dict[str, Answer]  # by question name
+    policies: dict[str, Compared]
+
+
+@dataclass(slots=True)
+class Finished:
+    """What of a comparison is done, so that a later start need not do it again."""
+
+    likelihoods: dict[str, float] = field(default_factory=dict)  # of the text, by policy
+    parts: dict[str, Part] = field(default_factory=dict)  # by the digest of their rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +163,7 @@ class ComparingScorer:
     """
 
     def __init__(self, pipeline: Pipeline, policies: Sequence[Policy], window: int | None, batch: int = 1) -> None:
-        self.answers: dict[str, dict[str, Answer]] = {policy.describe(): {} for policy in policies}
-        self.divergences = {name: Divergence() for name in self.answers}
-        self.records: dict[str, list[Record]] = {name: [] for name in self.answers}
+        self.part = Part({}, {policy.describe(): Compared() for policy in policies})
         self._pipeline = pipeline
         self._policies = policies
         self._window = window
@@ -152,15 +179,16 @@ class ComparingScorer:
             exact, _ = self._run(asked, Exact())
             answers |= zip(numbers, answers_of(asked, exact), strict=True)
             for policy in self._policies:
-                name = policy.describe()
+                compared = self.part.policies[policy.describe()]
                 result, record = self._run(asked, policy)
                 given = answers_of(asked, result)
-                self.answers[name] |= {question.name: answer for question, answer in zip(asked, given, strict=True)}
-                self.records[name].append(record)
+                compared.answers |= {question.name: answer for question, answer in zip(asked, given, strict=True)}
+                compared.records.append(record)
                 assert exact.logits is not None and result.logits is not None
-                self.divergences[name].add(kl_divergence(exact.logits, result.logits))
-            if on_answer is not None:
-                for number in numbers:
+                compared.divergence.add(kl_divergence(exact.logits, result.logits))
+            for number in numbers:
+                self.part.exact[questions[number].name] = answers[number]
+                if on_answer is not None:
                     on_answer(number, answers[number])
         return [answers[number] for number in range(len(questions))]
 
@@ -244,6 +272,8 @@ def measure_quality(
     limit: int | None = None,
     prefix_token_id: int | None = None,
     on_step: Callable[[str], None] = lambda name: None,
+    finished: Finished | None = None,
+    on_finished: Callable[[Finished], None] = lambda finished: None,
 ) -> list[Quality]:
     """Compare policies with exact.
 
@@ -260,18 +290,22 @@ def measure_quality(
         limit: only the first rows of each task.
         prefix_token_id: as in `evaluate`.
         on_step: called with `PERPLEXITY_SET` for each window under exact and under each policy, and with the name
-            of a data set for each of its rows.
+            of a data set for each of its rows; not for what is finished.
+        finished: what need not be done again; it grows.
+        on_finished: called with it as a text or a data set is done.
     """
-    likelihoods = [
-        _text_likelihood(DistributedScorer(pipeline, policy, in_flight, window), text, on_step)
-        for policy in (Exact(), *policies)
-    ]
+    finished = finished if finished is not None else Finished()
+    for policy in (Exact(), *policies):
+        if policy.describe() not in finished.likelihoods:
+            scorer = DistributedScorer(pipeline, policy, in_flight, window)
+            finished.likelihoods[policy.describe()] = _text_likelihood(scorer, text, on_step)
+            on_finished(finished)
     tokens = sum(len(question.choices[0].continuation) for question in text)
-    scorer = ComparingScorer(pipeline, policies, window, batch)
     pairs: dict[str, list[tuple[Evaluation, Evaluation]]] = {policy.describe(): [] for policy in policies}
+    parts: list[Part] = []
     for task in tasks:
 
-        def answer(by: ComparingScorer | RecordedScorer, dataset: str | None, task: LoadedTask = task) -> Evaluation:
+        def answer(by: Scorer, dataset: str | None, task: LoadedTask = task) -> Evaluation:
             return evaluate(
                 task,
                 by,
@@ -282,20 +316,33 @@ def measure_quality(
                 prefix_token_id=prefix_token_id,
             )
 
-        exact = answer(scorer, task.dataset)
+        digest = task.digest(limit)
+        if digest not in finished.parts:
+            comparing = ComparingScorer(pipeline, policies, window, batch)
+            answer(comparing, task.dataset)
+            finished.parts[digest] = comparing.part
+            on_finished(finished)
+        part = finished.parts[digest]
+        parts.append(part)
+        exact = answer(RecordedScorer(part.exact), None)
         for name, evaluations in pairs.items():
-            evaluations.append((exact, answer(RecordedScorer(scorer.answers[name]), None)))
-    return [
-        Quality(
-            name,
-            TextLikelihood(tokens, likelihoods[0], likelihood),
-            scorer.divergences[name],
-            pooled_difference([policy for _, policy in evaluations], [exact for exact, _ in evaluations]),
-            tuple(evaluations),
-            summarise(scorer.records[name]),
+            evaluations.append((exact, answer(RecordedScorer(part.policies[name].answers), None)))
+    qualities: list[Quality] = []
+    for name, evaluations in pairs.items():
+        divergence = Divergence()
+        for part in parts:
+            divergence.join(part.policies[name].divergence)
+        qualities.append(
+            Quality(
+                name,
+                TextLikelihood(tokens, finished.likelihoods["exact"], finished.likelihoods[name]),
+                divergence,
+                pooled_difference([policy for _, policy in evaluations], [exact for exact, _ in evaluations]),
+                tuple(evaluations),
+                summarise([record for part in parts for record in part.policies[name].records]),
+            )
         )
-        for (name, evaluations), likelihood in zip(pairs.items(), likelihoods[1:], strict=True)
-    ]
+    return qualities
 
 
 def _text_likelihood(scorer: DistributedScorer, text: Sequence[Question], on_step: Callable[[str], None]) -> float:

@@ -17,7 +17,7 @@ import msgspec
 from wdmoe.bs.evaluation import Evaluation, LoadedTask, PairedDifference, paired_difference
 from wdmoe.bs.experiment import PolicyRun
 from wdmoe.bs.hub import Hub
-from wdmoe.bs.quality import Criterion, Quality, QualityBar, judge
+from wdmoe.bs.quality import Criterion, Finished, Quality, QualityBar, judge
 from wdmoe.bs.records import Summary
 from wdmoe.bs.station import Station
 from wdmoe.runtime.links import is_loopback
@@ -125,7 +125,7 @@ def read_runs(path: Path, now: dict[str, Any]) -> tuple[list[PolicyRun], str | N
     if result["version"] != RUN_VERSION:
         return [], f"it has version {result['version']} of the format, expected {RUN_VERSION}"
     try:
-        then, today = _circumstances(result), _circumstances(now)
+        then, today = circumstances(result), circumstances(now)
     except KeyError as error:
         return [], f"it does not say {error}"
     changed = [f"{key} was {then[key]!r} and is {today[key]!r}" for key in today if then[key] != today[key]]
@@ -147,12 +147,45 @@ def why_stale(run: PolicyRun, task: LoadedTask, limit: int | None) -> str | None
     return None
 
 
+class _KeptComparison(msgspec.Struct):
+    circumstances: dict[str, Any]
+    finished: Finished
+
+
+def read_finished(path: Path, now: dict[str, Any]) -> tuple[Finished, str | None]:
+    """Read what an interrupted comparison finished, where it can stand beside what starts now.
+
+    Args:
+        path: where `write_finished` wrote; it need not exist.
+        now: the circumstances of what starts now.
+
+    Returns:
+        What is finished; or nothing, and why the file's cannot be used.
+    """
+    try:
+        kept = msgspec.json.decode(path.read_bytes(), type=_KeptComparison)
+    except FileNotFoundError:
+        return Finished(), None
+    except msgspec.DecodeError as error:
+        return Finished(), f"it cannot be read ({error})"
+    then = kept.circumstances
+    changed = [f"{key} was {then.get(key)!r} and is {now[key]!r}" for key in now if then.get(key) != now[key]]
+    return (Finished(), "; ".join(changed)) if changed else (kept.finished, None)
+
+
+def write_finished(path: Path, now: dict[str, Any], finished: Finished) -> None:
+    """Keep what of a comparison is done, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(msgspec.json.encode(_KeptComparison(now, finished)))
+    partial.replace(path)
+
+
 def finite(value: float) -> float | None:
     """Return None for what JSON has no number for."""
     return value if math.isfinite(value) else None
 
 
-def _circumstances(result: dict[str, Any]) -> dict[str, Any]:
+def circumstances(result: dict[str, Any]) -> dict[str, Any]:
     """Pick what two runs must share so that their answers and times belong into one file."""
     return {
         "wdmoe": result["wdmoe"],

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -268,7 +269,7 @@ def _pick(log_likelihoods: Sequence[float]) -> int:
 
 
 def _margin(log_likelihoods: Sequence[float]) -> float:
-    first, second, *_ = sorted(log_likelihoods, reverse=True)
+    first, second = sorted([*log_likelihoods, -math.inf], reverse=True)[:2]
     return first - second
 
 

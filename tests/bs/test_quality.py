@@ -3,25 +3,31 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from inprocess import open_system
 
-from wdmoe.bs.evaluation import PairedDifference
+from wdmoe.bs.evaluation import PairedDifference, load_task
 from wdmoe.bs.policies import Exact, Wlr
 from wdmoe.bs.quality import (
     ACCURACY_SETS,
+    Compared,
     ComparingScorer,
     Divergence,
+    Finished,
+    Part,
     Quality,
     QualityBar,
     TextLikelihood,
     judge,
     kl_divergence,
+    measure_quality,
 )
-from wdmoe.bs.questions import Choice, Question
-from wdmoe.bs.records import Record, summarise
+from wdmoe.bs.questions import Answer, Choice, Question
+from wdmoe.bs.records import BlockRecord, Record, summarise
+from wdmoe.bs.results import read_finished, write_finished
 from wdmoe.bs.scoring import DistributedScorer
 
 QUESTIONS = [
@@ -69,13 +75,53 @@ def test_exact_and_policies_answer_question_by_question(bundle: Path) -> None:
         exact = DistributedScorer(system.pipeline, Exact(), 1, window).score(QUESTIONS)
         wlr = DistributedScorer(system.pipeline, Wlr(alpha=1.0), 1, window).score(QUESTIONS)
     assert announced == [0, 1]
-    assert [scorer.answers["exact"][question.name] for question in QUESTIONS] == answers == exact
+    part = scorer.part
+    assert [part.exact[question.name] for question in QUESTIONS] == answers == exact
+    (compared,) = (compared for name, compared in part.policies.items() if name != "exact")
     for question, expected in zip(QUESTIONS, wlr, strict=True):
-        name = next(name for name in scorer.answers if name != "exact")
-        assert scorer.answers[name][question.name].log_likelihoods == pytest.approx(expected.log_likelihoods, abs=1e-4)
-        assert scorer.divergences[name].positions == POSITIONS and scorer.divergences[name].mean > 0
-        assert [record.name for record in scorer.records[name]] == ["a/0", "a/1"]
-    assert (scorer.divergences["exact"].positions, scorer.divergences["exact"].largest) == (POSITIONS, 0.0)
+        assert compared.answers[question.name].log_likelihoods == pytest.approx(expected.log_likelihoods, abs=1e-4)
+    assert compared.divergence.positions == POSITIONS and compared.divergence.mean > 0
+    assert [record.name for record in compared.records] == ["a/0", "a/1"]
+    itself = part.policies["exact"]
+    assert list(itself.answers.values()) == answers
+    assert (itself.divergence.positions, itself.divergence.largest) == (POSITIONS, 0.0)
+
+
+def test_what_is_finished_is_not_done_again(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval")
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(bundle / "bs" / "tokenizer.json"))
+    tasks, text = [load_task("piqa-sample")], [Question("text/0", (Choice((1,), (2, 3, 4, 5)),))]
+    options: dict[str, Any] = {"max_length": 512, "window": None, "batch": 2, "limit": 3}
+    stages: list[int] = []
+    with open_system(bundle) as system:
+        done = Finished()
+        first = measure_quality(
+            system.pipeline, [Wlr()], tasks, text, tokenizer, **options, finished=done,
+            on_finished=lambda finished: stages.append(len(finished.likelihoods) + len(finished.parts)),
+        )  # fmt: skip
+        steps: list[str] = []
+        monkeypatch.setattr(system.pipeline, "run", None)
+        again = measure_quality(
+            system.pipeline, [Wlr()], tasks, text, tokenizer, **options, finished=done, on_step=steps.append
+        )
+    assert stages == [1, 2, 3] and steps == []
+    assert again == first and first[0].accuracy.rows == 3
+
+
+def test_what_is_finished_can_be_kept_and_is_refused_elsewhere(tmp_path: Path) -> None:
+    answer = Answer((-1.5, -0.25), (False, True))
+    record = Record("a/0", 7, blocks=[BlockRecord(4, 2, 3, 1.0, 0.25, None, None)])
+    compared = Compared({"a/0": answer}, Divergence(3, 0.5, 0.25), [record])
+    finished = Finished({"exact": -10.0, "wlr": -11.0}, {"digest": Part({"a/0": answer}, {"wlr": compared})})
+    path, now = tmp_path / "q.json.unfinished", {"wire": "fp32", "policies": ["wlr"]}
+    assert read_finished(path, now) == (Finished(), None)
+    write_finished(path, now, finished)
+    assert read_finished(path, now) == (finished, None)
+    assert read_finished(path, now | {"wire": "fp16"}) == (Finished(), "wire was 'fp32' and is 'fp16'")
+    path.write_text("half of")
+    assert read_finished(path, now)[0] == Finished() and "cannot be read" in str(read_finished(path, now)[1])
 
 
 def quality(ratio: float = 1.0, divergence: float = 0.0, points: float = 0.0, rows: int = 5000) -> Quality:
