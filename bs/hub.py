@@ -108,6 +108,7 @@ class Hub:
         self._left: list[Event] = []  # since the last turn, by our own decision
         self._next_ping_s = clock.now_s()
         self._nonce = 0
+        self._closing = False
 
     def send(self, device: str, message: Message) -> None:
         """Queue a message for the next turn; dropped if the device is gone."""
@@ -136,7 +137,9 @@ class Hub:
         """
         for name in self.devices:
             self.send(name, Message(Goodbye(reason)))
+        self._closing = True
         self._next_ping_s = float("inf")
+        self.turn(0.0)  # also for those who have just left and wait for an answer
         deadline_s = self.clock.now_s() + GOODBYE_WAIT_S
         while self.devices and (left_s := deadline_s - self.clock.now_s()) > 0:
             self.turn(left_s)
@@ -243,6 +246,8 @@ class Hub:
                     device.latency.observe_round_trip((device.last_heard_s - sent_s) * 1e3)
                 return None
             case Goodbye(reason=reason):
+                if not self._closing:  # otherwise it is the answer to ours
+                    self.send(name, Message(Goodbye("heard")))
                 self._forget(name)
                 return Left(name, reason)
             case other:

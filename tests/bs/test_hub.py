@@ -180,6 +180,28 @@ def test_a_goodbye_leaves_its_experts_without_a_device(system: System) -> None:
         system.hub.owners()
 
 
+def test_a_goodbye_is_answered_once(system: System) -> None:
+    got = say(system, b"device-2", Goodbye("empty battery"))
+    assert [message.header for message in got] == [Goodbye("heard")]
+    got = say(system, b"device-2", Goodbye("empty battery"))
+    assert [message.header for message in got] == [ErrorReport("not known here, say hello first")]
+
+
+def test_whoever_leaves_as_the_base_station_closes_is_still_answered(system: System) -> None:
+    got: list[Header] = []
+
+    def handle(frames):  # type: ignore[no-untyped-def]
+        got.append(decode(frames, system.manifest.model.d_model).header)
+        return []
+
+    for k in range(4):
+        system.link.peers[f"device-{k}".encode()] = handle
+        system.link.deliver(f"device-{k}".encode(), encode(Message(Goodbye("power off"))))
+    system.hub.turn(0.0)
+    system.hub.close("done")
+    assert got == 4 * [Goodbye("heard")]
+
+
 def test_the_same_session_may_come_back_at_once_and_keeps_its_corrections(system: System) -> None:
     tracker = system.hub.devices["device-0"].latency
     (welcome, _) = say(system, b"new connection", hello(system))
