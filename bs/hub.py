@@ -33,6 +33,9 @@ from wdmoe.runtime.messages import (
 
 HEARTBEAT_S = 1.0
 GOODBYE_WAIT_S = 0.5
+KEPT_PINGS = 16  # unanswered ones, of each device
+FORGOTTEN_S = 60.0  # a device that has been silent for so long, though pinged, counts as gone
+MAX_DEVICES = 1024  # connected at the same time: each is pinged, and anybody may join an unencrypted link
 
 
 @dataclass(slots=True)
@@ -274,6 +277,10 @@ class Hub:
             return None
         known = self.devices.get(hello.device)
         now_s = self.clock.now_s()
+        if known is None and len(self.devices) >= MAX_DEVICES:
+            text = f"{hello.device}: {MAX_DEVICES} devices are connected, which is as many as there may be"
+            self._refuse(peer, "full", text, final=False)
+            return None
         if known is not None and known.session != hello.session and now_s - known.last_heard_s < 3 * HEARTBEAT_S:
             # Not final: the other may be its own last life, crashed a moment ago, and soon count as silent.
             text = f"{hello.device}: another device of that name is connected; start it with --name"
@@ -282,6 +289,9 @@ class Hub:
         tracker = known.latency if known is not None and known.session == hello.session else None
         if known is not None:
             self._forget(hello.device)
+        if (other := self._peers.get(peer)) is not None:  # one connection, one device
+            self._forget(other)
+            self._left.append(Left(other, f"calls itself {hello.device} now"))
         self.devices[hello.device] = Device(
             hello.device,
             peer,
@@ -326,6 +336,7 @@ class Hub:
     def _ping_all(self, now_s: float) -> None:
         self._next_ping_s = now_s + HEARTBEAT_S
         self._forget_revoked()
+        self._forget_silent(now_s)
         for device in self.devices.values():
             self._ping(device, now_s)
 
@@ -338,9 +349,17 @@ class Hub:
                 self._forget(device.name)
                 self._left.append(Left(device.name, "its key was revoked"))
 
+    def _forget_silent(self, now_s: float) -> None:
+        for device in list(self.devices.values()):
+            # Pings are only sent while the loop turns, so old silence alone proves nothing.
+            silent_s = now_s - device.last_heard_s
+            if len(device.pings) == KEPT_PINGS and silent_s > FORGOTTEN_S:
+                self._forget(device.name)
+                self._left.append(Left(device.name, f"silent for {silent_s:.0f} s"))
+
     def _ping(self, device: Device, now_s: float) -> None:
         self._nonce += 1
         device.pings[self._nonce] = now_s
-        while len(device.pings) > 16:  # a silent device must not fill the memory
+        while len(device.pings) > KEPT_PINGS:  # a silent device must not fill the memory
             del device.pings[next(iter(device.pings))]
         self.send(device.name, Message(Ping(self._nonce)))

@@ -8,7 +8,7 @@ it. Otherwise the run ends with the device's name: an answer is never made up.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -130,12 +130,22 @@ class Requests:
 
     # -- what comes ------------------------------------------------------------------------------------------------
 
-    def on_event(self, event: Event) -> None:
-        """Take what the hub tells.
+    def on_events(self, events: Iterable[Event]) -> None:
+        """Take what the hub tells, all of it: who comes or leaves after a failure is told only once.
 
         Raises:
-            DeviceError: a device failed and nothing can take its place.
+            DeviceError: a device failed and nothing can take its place; of several, the first.
         """
+        failure: DeviceError | None = None
+        for event in events:
+            try:
+                self._on_event(event)
+            except DeviceError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _on_event(self, event: Event) -> None:
         match event:
             case Replied(device=name, message=message):
                 self._on_reply(name, message)
@@ -149,6 +159,7 @@ class Requests:
                 for pending in self._of(name):
                     self._hub.send(name, pending.message)
             case Left(device=name, reason=reason):
+                self.fleet.on_left(name)
                 if self._of(name):
                     self._fail(DeviceFailed(name, f"left ({reason}) before it answered"))
 

@@ -17,7 +17,7 @@ from wdmoe.bs.fleet import Health
 from wdmoe.bs.microbatch import pack_sequence
 from wdmoe.bs.policies import Exact, Wlr
 from wdmoe.bs.stages import new_cache
-from wdmoe.runtime.errors import BundleError, DeviceFailed, DeviceTimeout
+from wdmoe.runtime.errors import BundleError, DeviceFailed, DevicesMissing, DeviceTimeout
 from wdmoe.runtime.messages import ErrorReport, ExpertReply, Goodbye, Message, encode
 
 PROMPT = list(b"How does one keep bread fresh?")
@@ -164,6 +164,17 @@ def test_a_device_that_comes_back_is_used_again(bundle: Path) -> None:
         run_sequence(system, PROMPT)
         np.testing.assert_array_equal(run_sequence(system, PROMPT), expected)
         assert system.services["device-0"].requests > answered
+
+
+def test_who_left_is_named_though_several_left_at_once(bundle: Path) -> None:
+    with open_system(bundle) as system:
+        run_sequence(system, PROMPT)
+        break_device(system, "device-1", leaving)
+        break_device(system, "device-2", leaving)
+        with pytest.raises(DeviceFailed, match=r"device-1: left \(power off\) before it answered"):
+            run_sequence(system, PROMPT)
+        with pytest.raises(DevicesMissing, match=r"by no connected device; gone: device-1, device-2$"):
+            run_sequence(system, PROMPT)
 
 
 def test_exact_never_skips(bundle: Path) -> None:
