@@ -115,12 +115,17 @@ class Fleet:
         return self.of(device).health is not Health.BLOCKED
 
     def preferred(self, candidates: Iterable[str]) -> str | None:
-        """Choose among the devices that hold an expert: healthy before penalised, then by name; None if none is usable.
+        """Choose among the devices that hold an expert; None if none is usable.
 
-        By name, so that the same fleet gives the same plan.
+        Healthy before penalised; of those, who has given more good answers since: one of them may be dead, and not yet
+        silent for long enough to be blocked. Then by name, so that the same fleet gives the same plan.
         """
-        usable = [device for device in candidates if self.usable(device)]
-        return min(usable, key=lambda device: (self.of(device).health is not Health.HEALTHY, device), default=None)
+
+        def rank(device: str) -> tuple[bool, int, str]:
+            standing = self.of(device)
+            return standing.health is not Health.HEALTHY, -standing.good_answers, device
+
+        return min((device for device in candidates if self.usable(device)), key=rank, default=None)
 
     def _readmit(self, device: str, why: str) -> None:
         standing = self.of(device)

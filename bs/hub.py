@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from wdmoe.bs.fleet import BS_HOLDS, NOBODY
 from wdmoe.bs.latency import LatencyTracker
 from wdmoe.bs.refusals import Kind, Refusals
 from wdmoe.bs.roster import Roster
@@ -318,6 +319,10 @@ class Hub:
                 f"serves bundle {hello.bundle_id[:12]}, the base station runs {manifest.bundle_id[:12]} "
                 f"({model.name}); copy the device folder of this bundle"
             )
+        if hello.device in (BS_HOLDS, NOBODY):
+            return "name", f"{hello.device} is a name that the base station uses itself; start it with --name"
+        if not any(hello.experts):
+            return "experts", "holds no experts"
         if len(hello.experts) != model.n_blocks or any(e >= model.n_experts for b in hello.experts for e in b):
             return "experts", f"names experts outside {model.n_blocks} blocks x {model.n_experts} experts"
         if (profile.d_model, profile.d_ff) != (model.d_model, model.d_ff):

@@ -95,3 +95,12 @@ def test_who_comes_back_is_not_gone_and_is_remembered_again() -> None:
 def test_asking_about_a_device_remembers_nothing() -> None:
     fleet = Fleet()
     assert fleet.preferred(["a", "b"]) == "a" and fleet.standings == {}
+
+
+def test_of_two_under_watch_the_one_that_answers_is_preferred() -> None:
+    fleet = Fleet()
+    fleet.penalise("a", "another device answered sooner")
+    fleet.penalise("b", "slow")
+    assert fleet.preferred(["b", "a"]) == "a"
+    fleet.on_good_answer("b", 1.0)
+    assert fleet.preferred(["b", "a"]) == "b"

@@ -68,6 +68,9 @@ def test_devices_are_welcome_with_what_they_hold(system: System) -> None:
         ({"bundle_id": "f" * 64}, "serves bundle ffffffffffff, the base station runs .* copy the device folder"),
         ({"experts": ((0,),)}, "names experts outside 2 blocks x 8 experts"),
         ({"experts": ((0,), (8,))}, "names experts outside"),
+        ({"experts": ((), ())}, "holds no experts"),
+        ({"device": "bs"}, "bs is a name that the base station uses itself; start it with --name"),
+        ({"device": "nobody"}, "nobody is a name that the base station uses itself"),
         ({"session": "another"}, "another device of that name is connected; start it with --name"),
     ],
 )
