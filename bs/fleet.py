@@ -16,6 +16,7 @@ GOOD_ANSWERS = 20  # that make a penalised device healthy again
 SLOW_CORRECTION = 4.0  # measured over predicted, from which a device counts as slow
 PROBE_FIRST_S = 1.0
 PROBE_LAST_S = 60.0  # the pause between probes doubles up to this
+MAX_GONE = 64  # devices that are remembered after they left: anybody may join an unencrypted link, under any name
 BS_HOLDS = "bs"  # the base station itself, as a holder of experts
 NOBODY = "nobody"  # as the holder of experts that are left out
 
@@ -42,13 +43,14 @@ class Standing:
 
 @dataclass(slots=True)
 class Fleet:
-    """The standing of every device that was ever connected, by name."""
+    """The standing of every connected device, by name, and of the last that left."""
 
     standings: dict[str, Standing] = field(default_factory=dict)
+    gone: dict[str, None] = field(default_factory=dict)  # who left, in that order
 
     def of(self, device: str) -> Standing:
         """Return a device's standing; a new one is healthy."""
-        return self.standings.setdefault(device, Standing())
+        return self.standings.get(device) or Standing()
 
     def on_good_answer(self, device: str, correction: float) -> None:
         """Count an answer that came in time and was sound.
@@ -67,7 +69,7 @@ class Fleet:
 
     def penalise(self, device: str, reason: str) -> None:
         """Use a device only where no healthy one can do the work; a blocked one stays blocked."""
-        standing = self.of(device)
+        standing = self.standings.setdefault(device, Standing())
         if standing.health is not Health.BLOCKED:
             standing.health, standing.reason, standing.good_answers = Health.PENALISED, reason, 0
 
@@ -79,8 +81,18 @@ class Fleet:
 
     def on_joined(self, device: str) -> None:
         """Take a device that said hello: one that was blocked may work again, under watch."""
+        self.gone.pop(device, None)
         if self.of(device).health is Health.BLOCKED:
             self._readmit(device, "back after: ")
+
+    def on_left(self, device: str) -> None:
+        """Remember who left; of too many, forget who left first."""
+        self.gone.pop(device, None)
+        self.gone[device] = None
+        while len(self.gone) > MAX_GONE:
+            first = next(iter(self.gone))
+            del self.gone[first]
+            self.standings.pop(first, None)
 
     def on_probe_answered(self, device: str) -> None:
         """Re-admit a blocked device."""
@@ -103,12 +115,17 @@ class Fleet:
         return self.of(device).health is not Health.BLOCKED
 
     def preferred(self, candidates: Iterable[str]) -> str | None:
-        """Choose among the devices that hold an expert: healthy before penalised, then by name; None if none is usable.
+        """Choose among the devices that hold an expert; None if none is usable.
 
-        By name, so that the same fleet gives the same plan.
+        Healthy before penalised; of those, who has given more good answers since: one of them may be dead, and not yet
+        silent for long enough to be blocked. Then by name, so that the same fleet gives the same plan.
         """
-        usable = [device for device in candidates if self.usable(device)]
-        return min(usable, key=lambda device: (self.of(device).health is not Health.HEALTHY, device), default=None)
+
+        def rank(device: str) -> tuple[bool, int, str]:
+            standing = self.of(device)
+            return standing.health is not Health.HEALTHY, -standing.good_answers, device
+
+        return min((device for device in candidates if self.usable(device)), key=rank, default=None)
 
     def _readmit(self, device: str, why: str) -> None:
         standing = self.of(device)

@@ -45,7 +45,7 @@ def snapshot(hub: Hub, pipeline: Pipeline, manifest: BsManifest) -> dict[str, An
         }
         for name, device in sorted(hub.devices.items())
     ]
-    gone = sorted(set(requests.fleet.standings) - set(hub.devices))
+    gone = sorted(requests.fleet.gone)
     unserved = requests.unserved(manifest.model)
     # While nothing runs, nobody pings: then age says nothing about a device.
     silent = [d["name"] for d in devices if loop_age_s < SILENT_S and d["last_heard_s"] > SILENT_S]

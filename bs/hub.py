@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from wdmoe.bs.fleet import BS_HOLDS, NOBODY
 from wdmoe.bs.latency import LatencyTracker
 from wdmoe.bs.refusals import Kind, Refusals
 from wdmoe.bs.roster import Roster
@@ -33,6 +34,9 @@ from wdmoe.runtime.messages import (
 
 HEARTBEAT_S = 1.0
 GOODBYE_WAIT_S = 0.5
+KEPT_PINGS = 16  # unanswered ones, of each device
+FORGOTTEN_S = 60.0  # a device that has been silent for so long, though pinged, counts as gone
+MAX_DEVICES = 1024  # connected at the same time: each is pinged, and anybody may join an unencrypted link
 
 
 @dataclass(slots=True)
@@ -108,6 +112,7 @@ class Hub:
         self._left: list[Event] = []  # since the last turn, by our own decision
         self._next_ping_s = clock.now_s()
         self._nonce = 0
+        self._closing = False
 
     def send(self, device: str, message: Message) -> None:
         """Queue a message for the next turn; dropped if the device is gone."""
@@ -136,7 +141,9 @@ class Hub:
         """
         for name in self.devices:
             self.send(name, Message(Goodbye(reason)))
+        self._closing = True
         self._next_ping_s = float("inf")
+        self.turn(0.0)  # also for those who have just left and wait for an answer
         deadline_s = self.clock.now_s() + GOODBYE_WAIT_S
         while self.devices and (left_s := deadline_s - self.clock.now_s()) > 0:
             self.turn(left_s)
@@ -243,6 +250,8 @@ class Hub:
                     device.latency.observe_round_trip((device.last_heard_s - sent_s) * 1e3)
                 return None
             case Goodbye(reason=reason):
+                if not self._closing:  # otherwise it is the answer to ours
+                    self.send(name, Message(Goodbye("heard")))
                 self._forget(name)
                 return Left(name, reason)
             case other:
@@ -269,6 +278,10 @@ class Hub:
             return None
         known = self.devices.get(hello.device)
         now_s = self.clock.now_s()
+        if known is None and len(self.devices) >= MAX_DEVICES:
+            text = f"{hello.device}: {MAX_DEVICES} devices are connected, which is as many as there may be"
+            self._refuse(peer, "full", text, final=False)
+            return None
         if known is not None and known.session != hello.session and now_s - known.last_heard_s < 3 * HEARTBEAT_S:
             # Not final: the other may be its own last life, crashed a moment ago, and soon count as silent.
             text = f"{hello.device}: another device of that name is connected; start it with --name"
@@ -277,6 +290,9 @@ class Hub:
         tracker = known.latency if known is not None and known.session == hello.session else None
         if known is not None:
             self._forget(hello.device)
+        if (other := self._peers.get(peer)) is not None:  # one connection, one device
+            self._forget(other)
+            self._left.append(Left(other, f"calls itself {hello.device} now"))
         self.devices[hello.device] = Device(
             hello.device,
             peer,
@@ -303,6 +319,10 @@ class Hub:
                 f"serves bundle {hello.bundle_id[:12]}, the base station runs {manifest.bundle_id[:12]} "
                 f"({model.name}); copy the device folder of this bundle"
             )
+        if hello.device in (BS_HOLDS, NOBODY):
+            return "name", f"{hello.device} is a name that the base station uses itself; start it with --name"
+        if not any(hello.experts):
+            return "experts", "holds no experts"
         if len(hello.experts) != model.n_blocks or any(e >= model.n_experts for b in hello.experts for e in b):
             return "experts", f"names experts outside {model.n_blocks} blocks x {model.n_experts} experts"
         if (profile.d_model, profile.d_ff) != (model.d_model, model.d_ff):
@@ -321,6 +341,7 @@ class Hub:
     def _ping_all(self, now_s: float) -> None:
         self._next_ping_s = now_s + HEARTBEAT_S
         self._forget_revoked()
+        self._forget_silent(now_s)
         for device in self.devices.values():
             self._ping(device, now_s)
 
@@ -333,9 +354,17 @@ class Hub:
                 self._forget(device.name)
                 self._left.append(Left(device.name, "its key was revoked"))
 
+    def _forget_silent(self, now_s: float) -> None:
+        for device in list(self.devices.values()):
+            # Pings are only sent while the loop turns, so old silence alone proves nothing.
+            silent_s = now_s - device.last_heard_s
+            if len(device.pings) == KEPT_PINGS and silent_s > FORGOTTEN_S:
+                self._forget(device.name)
+                self._left.append(Left(device.name, f"silent for {silent_s:.0f} s"))
+
     def _ping(self, device: Device, now_s: float) -> None:
         self._nonce += 1
         device.pings[self._nonce] = now_s
-        while len(device.pings) > 16:  # a silent device must not fill the memory
+        while len(device.pings) > KEPT_PINGS:  # a silent device must not fill the memory
             del device.pings[next(iter(device.pings))]
         self.send(device.name, Message(Ping(self._nonce)))

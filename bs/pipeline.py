@@ -165,8 +165,7 @@ class Pipeline:
 
     def idle(self, timeout_s: float) -> None:
         """Keep the devices while nothing runs: heartbeats, hellos, probes of what is blocked."""
-        for event in self._hub.turn(timeout_s):
-            self.requests.on_event(event)
+        self.requests.on_events(self._hub.turn(timeout_s))
         self.requests.check()
 
     def wake(self) -> None:
@@ -181,8 +180,7 @@ class Pipeline:
 
     def _turn(self, policy: Policy) -> None:
         now_s = self._hub.clock.now_s()
-        for event in self._hub.turn(max(0.0, min(1.0, self.requests.next_check_s() - now_s))):
-            self.requests.on_event(event)
+        self.requests.on_events(self._hub.turn(max(0.0, min(1.0, self.requests.next_check_s() - now_s))))
         for done in self._worker.finished():
             if done.error is not None:
                 raise done.error
@@ -201,8 +199,7 @@ class Pipeline:
         while (
             self._hub.clock.now_s() < deadline_s and not self._may_skip(policy) and self.requests.unserved(self._model)
         ):
-            for event in self._hub.turn(0.1):
-                self.requests.on_event(event)
+            self.requests.on_events(self._hub.turn(0.1))
 
     def _depart(self, number: int, microbatch: Microbatch, policy: Policy) -> None:
         now_s = self._hub.clock.now_s()
@@ -289,7 +286,7 @@ class Pipeline:
     def _nobody(self, block: int, expert: int) -> DeviceFailed | DevicesMissing:
         for device in self.requests.holders(block, expert):
             return DeviceFailed(device, f"{self.requests.fleet.of(device).reason}; nobody else holds its experts")
-        gone = sorted(self.requests.fleet.standings.keys() - self._hub.devices.keys())
+        gone = sorted(self.requests.fleet.gone)
         left = f"; gone: {', '.join(gone)}" if gone else ""
         return DevicesMissing(f"expert {expert} of block {block} is served by no connected device{left}")
 

@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal[
-    "malformed", "key", "name", "protocol", "bundle", "experts", "profile", "enrolment", "not introduced", "misplaced"
+    "malformed",
+    "key",
+    "name",
+    "protocol",
+    "bundle",
+    "experts",
+    "profile",
+    "enrolment",
+    "not introduced",
+    "misplaced",
+    "full",
 ]
 WORDS = 500  # characters that are kept of a refusal: a stranger's own words may be in it
 

@@ -8,7 +8,7 @@ it. Otherwise the run ends with the device's name: an answer is never made up.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -19,13 +19,14 @@ from wdmoe.bs.fleet import BS_HOLDS, Fleet
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import HEARTBEAT_S, Complained, Event, Hub, Joined, Left, Replied
 from wdmoe.bs.records import BlockRecord
-from wdmoe.bs.routing import Floats
+from wdmoe.bs.routing import Floats, Ints
 from wdmoe.runtime.errors import DeviceError, DeviceFailed, DeviceTimeout
 from wdmoe.runtime.manifest import ModelSpec
 from wdmoe.runtime.messages import ExpertReply, ExpertRequest, Message, Rows, unpack_rows
 
 # A device is lost when it is both late and silent; one that answers pings may be late for longer.
 LATE_AT_LEAST_S = 2.0
+LATE_AT_MOST_S = 60.0  # whatever a profile claims
 LATE_TIMES_P95 = 20.0
 SILENT_S = 2.0
 LATE_THOUGH_ALIVE = 10.0  # times what was allowed
@@ -55,7 +56,7 @@ class Want:
     on_done: Callable[[Want], None]
     attempts: list[Attempt] = field(default_factory=list)
     partials: list[Partial] = field(default_factory=list)
-    lost: tuple[Partial, ...] = ()  # rows and gate weights that were skipped
+    lost: tuple[Ints, Floats] | None = None  # rows and gate weights that were skipped, an entry for each pair
 
 
 @dataclass(slots=True, eq=False)
@@ -130,12 +131,22 @@ class Requests:
 
     # -- what comes ------------------------------------------------------------------------------------------------
 
-    def on_event(self, event: Event) -> None:
-        """Take what the hub tells.
+    def on_events(self, events: Iterable[Event]) -> None:
+        """Take what the hub tells, all of it: who comes or leaves after a failure is told only once.
 
         Raises:
-            DeviceError: a device failed and nothing can take its place.
+            DeviceError: a device failed and nothing can take its place; of several, the first.
         """
+        failure: DeviceError | None = None
+        for event in events:
+            try:
+                self._on_event(event)
+            except DeviceError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _on_event(self, event: Event) -> None:
         match event:
             case Replied(device=name, message=message):
                 self._on_reply(name, message)
@@ -149,6 +160,7 @@ class Requests:
                 for pending in self._of(name):
                     self._hub.send(name, pending.message)
             case Left(device=name, reason=reason):
+                self.fleet.on_left(name)
                 if self._of(name):
                     self._fail(DeviceFailed(name, f"left ({reason}) before it answered"))
 
@@ -195,6 +207,11 @@ class Requests:
 
     def _settle(self, want: Want) -> None:
         want.attempts.clear()
+        if want.lost is not None:
+            rows, weights = want.lost
+            self.counts["skipped"] += 1
+            want.record.skipped += len(np.unique(rows))
+            want.record.gate_mass_dropped += float(weights.sum())
         self._pending = {number: p for number, p in self._pending.items() if p.want is not want}
         want.on_done(want)
 
@@ -270,13 +287,8 @@ class Requests:
         orphans = [expert for expert, name in takers.items() if name is None]
         if orphans and not want.may_skip:
             raise error
-        if orphans:
-            self.counts["skipped"] += 1
-            expert, index, weight = entries(want.shipment.request)
-            lost = np.isin(expert, orphans)
-            want.lost = (*want.lost, (want.shipment.rows[index[lost]], weight[lost]))
-            want.record.skipped += len(np.unique(index[lost]))
-            want.record.gate_mass_dropped += float(weight[lost].sum())
+        # All that is wanted is looked for afresh, so this replaces what an earlier replacement had to skip.
+        want.lost = _part_of(want.shipment, orphans) if orphans else None
         parts = regroup(want.shipment, {expert: name for expert, name in takers.items() if name is not None})
         if parts:
             self._send_attempt(want, parts)
@@ -338,11 +350,11 @@ class Requests:
         device, now_s = self._hub.devices[part.device], self._hub.clock.now_s()
         predicted_ms = device.latency.model().request_ms(part.request.counts)
         p95_s = (
-            device.latency.profile.tail_ratio
+            min(WORST_TAIL, device.latency.profile.tail_ratio)
             * (predicted_ms + sum(p.predicted_ms for p in self._of(part.device)))
             / 1e3
         )
-        allowed_s = max(LATE_AT_LEAST_S, LATE_TIMES_P95 * p95_s)
+        allowed_s = min(LATE_AT_MOST_S, max(LATE_AT_LEAST_S, LATE_TIMES_P95 * p95_s))
         self._pending[number] = Pending(
             want, attempt, part, message, now_s, predicted_ms, allowed_s,
             check_s=now_s + allowed_s, hedge_s=now_s + min(HEDGE_AT_MOST_S, max(HEDGE_AT_LEAST_S, p95_s)),
@@ -358,6 +370,13 @@ class Requests:
         return self._next_id
 
 
+def _part_of(shipment: Shipment, experts: list[int]) -> tuple[Ints, Floats]:
+    """Return rows and gate weights of the pairs of a shipment that want these experts."""
+    expert, index, weight = entries(shipment.request)
+    chosen = np.isin(expert, experts)
+    return shipment.rows[index[chosen]], weight[chosen]
+
+
 def lost_share(n_rows: int, wants: list[Want], total_weight: Floats) -> Floats | None:
     """Return the share of each token's gate weight that was skipped, or None if nothing was.
 
@@ -366,7 +385,7 @@ def lost_share(n_rows: int, wants: list[Want], total_weight: Floats) -> Floats |
         wants: all of one block.
         total_weight: [n_rows], sum of the weights that were asked for.
     """
-    lost = [part for want in wants for part in want.lost]
+    lost = [want.lost for want in wants if want.lost is not None]
     if not lost:
         return None
     share = np.zeros(n_rows, np.float32)

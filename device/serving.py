@@ -15,6 +15,7 @@ from wdmoe.runtime.worker import Worker
 _HINT_AFTER_S = 15.0
 _REDIAL_AFTER_S = 10.0  # without a welcome
 _SHORT_MS = 20.0  # a ping can wait that long; handing a job to the worker and back costs two switches of thread
+_GOODBYE_WAIT_S = 0.5
 
 
 def serve(
@@ -86,4 +87,25 @@ def serve(
             was_welcome = service.welcomed
             hint_s = float("inf")
             say(f"{service.name}: " + ("serving" if was_welcome else "base station gone, waiting for it"))
-    link.exchange([Parcel(BS, encode(Message(Goodbye("stopped by its operator"))))], 0.0)
+    _say_goodbye(service, link)
+
+
+def _say_goodbye(service: DeviceService, link: Link) -> None:
+    """Tell the base station, and wait a moment until it has heard.
+
+    A socket that closes with something unread resets the connection, and the goodbye is lost with it.
+    """
+    goodbye = Parcel(BS, encode(Message(Goodbye("stopped by its operator"))))
+    deadline_s = service.clock.now_s() + (_GOODBYE_WAIT_S if service.welcomed else 0.0)
+    arrived = link.exchange([goodbye], 0.0)
+    while not any(_is_goodbye(parcel, service.manifest.model.d_model) for parcel in arrived):
+        if (left_s := deadline_s - service.clock.now_s()) <= 0:
+            return
+        arrived = link.exchange([], left_s)
+
+
+def _is_goodbye(parcel: Parcel, d_model: int) -> bool:
+    try:
+        return isinstance(decode(parcel.frames, d_model).header, Goodbye)
+    except ProtocolError:
+        return False

@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -28,6 +29,7 @@ import numpy as np
 import zmq
 from guarded import Guarded, served
 from inprocess import System, make_service, open_system, run_sequence
+from processes import command, stop
 
 from wdmoe.bs.held import HeldExperts
 from wdmoe.device.service import DeviceService
@@ -44,6 +46,7 @@ from wdmoe.runtime.messages import (
     ExpertReply,
     ExpertRequest,
     Goodbye,
+    Hello,
     Message,
     Ping,
     Pong,
@@ -547,7 +550,6 @@ def fuzz_device_socket(
                 if number % 20 == 0:
                     while router.poll(0):
                         peer = router.recv_multipart()[0]
-            # NOTE: nothing larger than the limit: ZeroMQ ends the connection then, and never dials again by itself.
             router.send_multipart([peer, *sound])
             deadline_s = time.monotonic() + limit_s
             asked_s = time.monotonic()
@@ -570,6 +572,81 @@ def fuzz_device_socket(
                     asked_s = time.monotonic()
     finally:
         context.destroy(linger=0)
+
+
+def throw_oversized(folder: Path, sizes_bytes: Sequence[int], tally: Tally, limit_s: float = 60) -> float:
+    """Throw frames over the limit at a device process: it takes no memory for them, dials again and answers as before.
+
+    ZeroMQ ends such a connection and never dials again by itself. Memory is the process's peak: it tells what was
+    taken even if it was given back.
+
+    Returns:
+        the most MiB that the peak grew by with a frame.
+    """
+    service = make_service(folder, RealClock())  # type: ignore[arg-type]
+    sound, d_model = _sound_request(service), service.manifest.model.d_model
+    context: zmq.Context[Any] = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.setsockopt(zmq.LINGER, 0)
+    address = f"tcp://127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
+    line = command("wdmoe-device", "--bundle", folder, "--bs", address, "--engine", "numpy")
+    process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    most_mib = 0.0
+    try:
+        peer, expected = _welcome_and_ask(router, sound, d_model, b"", limit_s)
+        for size_bytes in sizes_bytes:
+            before_mib = _peak_mib(process.pid)
+            router.send_multipart([peer, bytes(size_bytes)])
+            tally.counts["frames"] += 1
+            tally.counts["oversized"] += 1
+            peer, rows = _welcome_and_ask(router, sound, d_model, peer, limit_s)
+            if rows != expected:
+                tally.accept("a sound request is answered with other numbers after an oversized frame")
+            taken_mib = _peak_mib(process.pid) - before_mib
+            most_mib = max(most_mib, taken_mib)
+            if taken_mib > size_bytes / 2**21:
+                tally.accept(f"a frame of {size_bytes / 2**20:.0f} MiB took {taken_mib:.1f} MiB of a device's memory")
+    except TimeoutError as error:
+        code = process.poll()
+        if code is None:
+            tally.hang(f"device, after an oversized frame: {error}")
+        else:
+            tally.crash("device, after an oversized frame", RuntimeError(f"exit code {code}"))
+    finally:
+        stop([process])
+        context.destroy(linger=0)
+    return most_mib
+
+
+def _welcome_and_ask(
+    router: Any, sound: Frames, d_model: int, old_peer: bytes, limit_s: float
+) -> tuple[bytes, list[bytes]]:
+    """Wait for a hello on a connection other than the old one, welcome it, and return it with the answer to a request.
+
+    Raises:
+        TimeoutError: no hello or no answer came in time.
+    """
+    deadline_s = time.monotonic() + limit_s
+    welcomed = b""
+    while (left_s := deadline_s - time.monotonic()) > 0:
+        if not router.poll(int(1000 * left_s)):
+            break
+        peer, *frames = router.recv_multipart()
+        header = decode(frames, d_model).header
+        if isinstance(header, Hello) and peer != old_peer:
+            welcomed = peer
+            # The pause between heartbeats is short, so that a lost base station is missed soon.
+            router.send_multipart([peer, *encode(Message(Welcome(PROTOCOL_VERSION, 0.1)))])
+            router.send_multipart([peer, *sound])
+        if isinstance(header, ExpertReply) and peer == welcomed:
+            return peer, frames[1:]
+    raise TimeoutError(f"no {'answer' if welcomed else 'hello'} in {limit_s:g} s")
+
+
+def _peak_mib(pid: int) -> float:
+    """Largest resident memory that a process ever had."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) / 1024
 
 
 def _receive(router: Any, limit_s: float) -> list[bytes]:

@@ -33,7 +33,7 @@ def command(name: str, *options: object) -> list[str]:
 
 @contextmanager
 def device_processes(
-    bundle: Path, address: str, options: Sequence[object] = (), count: int = 4
+    bundle: Path, address: str, options: Sequence[object] = (), count: int = 4, kind: str = "device"
 ) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Run one `wdmoe-device` for each device folder of a bundle; stop them at the end, whatever happened.
 
@@ -42,6 +42,7 @@ def device_processes(
         address: of the base station.
         options: more options of wdmoe-device.
         count: how many folders the bundle must have.
+        kind: the device that serves folder K is called KIND-K: another word gives replicas.
 
     Raises:
         RuntimeError: a device had ended by itself with another exit code than 0; says what it wrote last.
@@ -54,7 +55,8 @@ def device_processes(
         running: list[subprocess.Popen[bytes]] = []
         try:
             for folder, log in zip(folders, logs, strict=True):
-                line = command("wdmoe-device", "--bundle", folder, "--bs", address, *options)
+                name = folder.name.replace("device", kind)
+                line = command("wdmoe-device", "--bundle", folder, "--bs", address, "--name", name, *options)
                 with log.open("wb") as out:
                     running.append(subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=out, stderr=out))
             yield running

@@ -18,6 +18,7 @@ from fuzzing import (
     fuzz_station_socket,
     lawful,
     recorded_frames,
+    throw_oversized,
 )
 from guarded import open_guarded
 
@@ -67,6 +68,12 @@ def test_strangers_at_the_port_are_refused_while_it_works(
 
 def test_a_stranger_as_base_station_does_not_harm_a_device(bundle: Path, corpus: Corpus, tally: Tally) -> None:
     fuzz_device_socket(np.random.default_rng(4), corpus[0], bundle / "device-1", 300, tally, limit_s=30)
+
+
+@pytest.mark.slow
+def test_a_device_takes_no_memory_for_an_oversized_frame_and_dials_again(bundle: Path, tally: Tally) -> None:
+    throw_oversized(bundle / "device-1", [64 << 20], tally)
+    assert tally.counts["oversized"] == 1
 
 
 def test_every_damaged_file_is_refused_by_name(bundle: Path, tmp_path: Path, tally: Tally) -> None:

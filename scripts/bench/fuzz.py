@@ -4,7 +4,8 @@
 
 What counts as accepted is defined in `tests/fuzzing.py`. Of the frames, most go through decoding, a device and a base
 station at work in memory; one in ten through real sockets: strangers at an encrypted base station that is at work, and
-a stranger that plays base station for a device. Then every file of a small bundle is damaged `--rounds` times in each
+a stranger that plays base station for a device. Frames over the limit go to a device process: its peak memory may not
+grow by half a frame, and it must dial again, be welcomed and answer as before. Then every file of a small bundle is damaged `--rounds` times in each
 way. The bars: `crashes`, `hangs` and `accepted` 0, resident memory grows by at most 64 MiB.
 """
 
@@ -31,6 +32,7 @@ from fuzzing import (
     fuzz_service,
     fuzz_station_socket,
     recorded_frames,
+    throw_oversized,
 )
 from guarded import open_guarded
 from processes import exit_on_sigterm
@@ -39,6 +41,7 @@ from scripts.bench._environment import environment, progress, write_json
 from scripts.bench._system import TINY, exported, rss_mib
 
 MAX_GROWTH_MIB = 64.0
+OVERSIZED_BYTES = (6 << 20, 64 << 20)  # the limit here is that of headers, 4 MiB
 _WARM_UP = 500
 
 
@@ -76,6 +79,11 @@ def main(target: str | None, frames: int, rounds: int, seed: int) -> None:
             wall_s = time.monotonic() - started_s
             parts[name] = described(tally) | {"memory_growth_mib": growth_mib, "wall_s": wall_s}
             progress(f"{name}: {dict(tally.counts)}, {growth_mib:+.1f} MiB, {wall_s:.0f} s")
+        tally, started_s = Tally(), time.monotonic()
+        growth_mib = throw_oversized(device, OVERSIZED_BYTES, tally)
+        wall_s = time.monotonic() - started_s
+        parts["device_oversized"] = described(tally) | {"memory_growth_mib": growth_mib, "wall_s": wall_s}
+        progress(f"device_oversized: {dict(tally.counts)}, {growth_mib:+.1f} MiB, {wall_s:.0f} s")
         tally = Tally()
         fuzz_files(np.random.default_rng([seed, 9]), bundle, Path(scratch), rounds, tally)
         parts["files"] = described(tally) | {"memory_growth_mib": 0.0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import inprocess
@@ -16,8 +16,12 @@ from wdmoe.bs.dispatch import combine
 from wdmoe.bs.fleet import Health
 from wdmoe.bs.microbatch import pack_sequence
 from wdmoe.bs.policies import Exact, Wlr
+from wdmoe.bs.records import Record
+from wdmoe.bs.requests import LATE_AT_MOST_S
+from wdmoe.bs.routing import Floats
 from wdmoe.bs.stages import new_cache
-from wdmoe.runtime.errors import BundleError, DeviceFailed, DeviceTimeout
+from wdmoe.profiles.device_profile import Point
+from wdmoe.runtime.errors import BundleError, DeviceFailed, DevicesMissing, DeviceTimeout
 from wdmoe.runtime.messages import ErrorReport, ExpertReply, Goodbye, Message, encode
 
 PROMPT = list(b"How does one keep bread fresh?")
@@ -166,6 +170,17 @@ def test_a_device_that_comes_back_is_used_again(bundle: Path) -> None:
         assert system.services["device-0"].requests > answered
 
 
+def test_who_left_is_named_though_several_left_at_once(bundle: Path) -> None:
+    with open_system(bundle) as system:
+        run_sequence(system, PROMPT)
+        break_device(system, "device-1", leaving)
+        break_device(system, "device-2", leaving)
+        with pytest.raises(DeviceFailed, match=r"device-1: left \(power off\) before it answered"):
+            run_sequence(system, PROMPT)
+        with pytest.raises(DevicesMissing, match=r"by no connected device; gone: device-1, device-2$"):
+            run_sequence(system, PROMPT)
+
+
 def test_exact_never_skips(bundle: Path) -> None:
     with open_system(bundle, skip_lost=True) as system:
         break_device(system, "device-3", vanished)
@@ -184,6 +199,58 @@ def test_another_policy_may_skip_what_is_lost_and_counts_it(bundle: Path) -> Non
         assert np.abs(result.logits - expected).max() > 1e-3
         assert record.blocks[0].skipped > 0 and record.blocks[0].gate_mass_dropped > 0
         assert system.pipeline.requests.counts["skipped"] == 2  # once in each block
+
+
+@pytest.mark.parametrize("k", range(4))
+def test_what_is_skipped_counts_once_though_a_second_device_fails_too(bundle: Path, k: int) -> None:
+    """A device and then its half replica fail: what was skipped at first is skipped again the second time round."""
+
+    def skip(replicas: Sequence[int], *broken: str) -> tuple[Floats, Record]:
+        with open_system(bundle, skip_lost=True, replicas=replicas) as system:
+            if replicas:
+                half = system.hub.devices[f"replica-{k}"]
+                half.experts = frozenset((block, expert) for block, expert in half.experts if expert == 2 * k)
+            for name in broken:
+                break_device(system, name, complaining)
+            cache = new_cache(system.manifest, len(PROMPT))
+            microbatch = pack_sequence("prompt", PROMPT, cache, None, all_logits=True)
+            ((_, result, record),) = system.pipeline.run([microbatch], KEEP_ALL)
+            assert result.logits is not None
+            return result.logits, record
+
+    _, once = skip([], f"device-{k}")
+    _, twice = skip([k], f"device-{k}", f"replica-{k}")
+    first, second = once.blocks[0], twice.blocks[0]
+    assert first.skipped == second.skipped > 0
+    assert first.gate_mass_dropped == pytest.approx(second.gate_mass_dropped)
+
+
+@pytest.mark.parametrize("call_ms", [1e9, float("inf")])
+def test_no_profile_can_make_the_base_station_wait_for_ever(bundle: Path, call_ms: float) -> None:
+    with open_system(bundle) as system:
+        run_sequence(system, PROMPT)
+        tracker = system.hub.devices["device-3"].latency
+        points = (Point(1, call_ms, call_ms), Point(64, call_ms, 1e3 * call_ms))
+        tracker.profile = msgspec.structs.replace(tracker.profile, points=points)
+        tracker._model = None
+        break_device(system, "device-3", vanished)
+        before_s = system.clock.now_s()
+        with pytest.raises(DeviceTimeout, match="device-3: no answer"):
+            run_sequence(system, PROMPT)
+        assert system.clock.now_s() - before_s <= LATE_AT_MOST_S + 2.0
+
+
+def test_one_call_that_was_preempted_does_not_stretch_the_deadlines(bundle: Path) -> None:
+    with open_system(bundle) as system:
+        tracker = system.hub.devices["device-3"].latency
+        tracker.profile = msgspec.structs.replace(tracker.profile, points=(Point(1, 10.0, 10_000.0),))
+        tracker.ratios.clear()
+        tracker._model = None
+        break_device(system, "device-3", vanished)
+        before_s = system.clock.now_s()
+        with pytest.raises(DeviceTimeout, match="device-3: no answer"):
+            run_sequence(system, PROMPT)
+        assert system.clock.now_s() - before_s < 50.0
 
 
 def test_what_is_skipped_is_made_up_for_by_scaling_the_rest() -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from wdmoe.bs.fleet import GOOD_ANSWERS, PROBE_LAST_S, Fleet, Health
+from wdmoe.bs.fleet import GOOD_ANSWERS, MAX_GONE, PROBE_LAST_S, Fleet, Health
 
 
 def test_a_new_device_is_healthy() -> None:
@@ -69,3 +69,38 @@ def test_a_probe_or_a_hello_lets_a_blocked_device_work_under_watch() -> None:
     assert fleet.of("a").health is Health.PENALISED and fleet.of("a").failures == 2
     fleet.on_joined("b")
     assert fleet.of("b").health is Health.HEALTHY
+
+
+def test_what_is_remembered_does_not_grow_with_the_names_that_came_and_left() -> None:
+    fleet = Fleet()
+    for number in range(3 * MAX_GONE):
+        name = f"passer-by-{number}"
+        fleet.on_joined(name)
+        assert fleet.usable(name)
+        fleet.block(name, "lost", 0.0)
+        fleet.on_left(name)
+    assert len(fleet.standings) == MAX_GONE and list(fleet.gone) == list(fleet.standings)
+    assert fleet.of(f"passer-by-{3 * MAX_GONE - 1}").reason == "lost" and fleet.usable("passer-by-0")
+
+
+def test_who_comes_back_is_not_gone_and_is_remembered_again() -> None:
+    fleet = Fleet()
+    fleet.block("a", "lost", 0.0)
+    fleet.on_left("a")
+    assert list(fleet.gone) == ["a"]
+    fleet.on_joined("a")
+    assert list(fleet.gone) == [] and fleet.of("a").reason == "back after: lost"
+
+
+def test_asking_about_a_device_remembers_nothing() -> None:
+    fleet = Fleet()
+    assert fleet.preferred(["a", "b"]) == "a" and fleet.standings == {}
+
+
+def test_of_two_under_watch_the_one_that_answers_is_preferred() -> None:
+    fleet = Fleet()
+    fleet.penalise("a", "another device answered sooner")
+    fleet.penalise("b", "slow")
+    assert fleet.preferred(["b", "a"]) == "a"
+    fleet.on_good_answer("b", 1.0)
+    assert fleet.preferred(["b", "a"]) == "b"

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from inprocess import System, open_system
 
-from wdmoe.bs.hub import Hub, Joined, Left
+from wdmoe.bs.hub import FORGOTTEN_S, Hub, Joined, Left
 from wdmoe.runtime.errors import DevicesMissing
 from wdmoe.runtime.links import MemoryLink, Parcel
 from wdmoe.runtime.messages import (
@@ -68,6 +68,9 @@ def test_devices_are_welcome_with_what_they_hold(system: System) -> None:
         ({"bundle_id": "f" * 64}, "serves bundle ffffffffffff, the base station runs .* copy the device folder"),
         ({"experts": ((0,),)}, "names experts outside 2 blocks x 8 experts"),
         ({"experts": ((0,), (8,))}, "names experts outside"),
+        ({"experts": ((), ())}, "holds no experts"),
+        ({"device": "bs"}, "bs is a name that the base station uses itself; start it with --name"),
+        ({"device": "nobody"}, "nobody is a name that the base station uses itself"),
         ({"session": "another"}, "another device of that name is connected; start it with --name"),
     ],
 )
@@ -178,6 +181,68 @@ def test_a_goodbye_leaves_its_experts_without_a_device(system: System) -> None:
         system.hub.wait_for_devices(3.0)
     with pytest.raises(DevicesMissing, match="expert 4 of block 0"):
         system.hub.owners()
+
+
+def test_a_goodbye_is_answered_once(system: System) -> None:
+    got = say(system, b"device-2", Goodbye("empty battery"))
+    assert [message.header for message in got] == [Goodbye("heard")]
+    got = say(system, b"device-2", Goodbye("empty battery"))
+    assert [message.header for message in got] == [ErrorReport("not known here, say hello first")]
+
+
+def test_whoever_leaves_as_the_base_station_closes_is_still_answered(system: System) -> None:
+    got: list[Header] = []
+
+    def handle(frames):  # type: ignore[no-untyped-def]
+        got.append(decode(frames, system.manifest.model.d_model).header)
+        return []
+
+    for k in range(4):
+        system.link.peers[f"device-{k}".encode()] = handle
+        system.link.deliver(f"device-{k}".encode(), encode(Message(Goodbye("power off"))))
+    system.hub.turn(0.0)
+    system.hub.close("done")
+    assert got == 4 * [Goodbye("heard")]
+
+
+def test_one_connection_is_one_device(system: System) -> None:
+    for number in range(5):
+        say(system, b"chameleon", hello(system, device=f"name-{number}", session=f"session-{number}"))
+    assert sorted(system.hub.devices) == [*(f"device-{k}" for k in range(4)), "name-4"]
+    system.link.deliver(b"chameleon", encode(Message(hello(system, device="last", session="last"))))
+    assert system.hub.turn(0.0) == [Joined("last")]
+    assert system.hub.turn(0.0) == [Left("name-4", "calls itself last now")]
+    say(system, b"chameleon", Goodbye("done"))
+    assert sorted(system.hub.devices) == [f"device-{k}" for k in range(4)]
+
+
+def test_no_more_devices_than_can_be_looked_after_are_taken(system: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("wdmoe.bs.hub.MAX_DEVICES", 5)
+    say(system, b"fifth", hello(system, device="fifth", session="fifth"))
+    (answer,) = say(system, b"sixth", hello(system, device="sixth", session="sixth"))
+    assert answer.header == ErrorReport("sixth: 5 devices are connected, which is as many as there may be")
+    assert len(system.hub.devices) == 5 and system.hub.refused.counts == {"full": 1}
+    (welcome, _) = say(system, b"new connection", hello(system))  # who is there already may come back
+    assert isinstance(welcome.header, Welcome)
+
+
+def test_a_device_that_was_silent_for_a_minute_is_gone(system: System) -> None:
+    system.link.peers[b"device-2"] = lambda frames: []
+    events = []
+    for _ in range(round(FORGOTTEN_S) + 2):
+        system.clock.advance(1.0)
+        events += system.hub.turn(0.0)
+        system.hub.turn(0.0)
+    assert events == [Left("device-2", "silent for 61 s")]
+    assert sorted(system.hub.devices) == ["device-0", "device-1", "device-3"]
+    (answer,) = say(system, b"device-2", Ping(1))
+    assert answer.header == ErrorReport("not known here, say hello first")
+    assert isinstance(say(system, b"device-2", hello(system, device="device-2"))[0].header, Welcome)
+
+
+def test_silence_while_the_loop_stood_still_says_nothing(system: System) -> None:
+    system.clock.advance(3600.0)
+    assert system.hub.turn(0.0) == [] and len(system.hub.devices) == 4
 
 
 def test_the_same_session_may_come_back_at_once_and_keeps_its_corrections(system: System) -> None:
