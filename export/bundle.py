@@ -125,7 +125,7 @@ def layout_of(checkpoint: Checkpoint, name: str) -> ModelLayout:
     """
     check_family(checkpoint.config, str(checkpoint.folder / "config.json"))
     generation = checkpoint.json("generation_config.json") or {}
-    return FAMILIES[checkpoint.model_type](Config(checkpoint.config, generation), name)
+    return FAMILIES[checkpoint.model_type](Config(checkpoint.config, generation, checkpoint.names), name)
 
 
 def check_family(config: dict[str, object], where: str) -> None:

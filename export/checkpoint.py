@@ -26,6 +26,31 @@ _SAMPLE_BYTES = 4096
 _PIECE_ELEMENTS = 1 << 18
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertRows:
+    """Rows of one expert in a tensor that holds those of all experts: a contiguous range of its bytes."""
+
+    tensor: str
+    whole: tuple[int, int, int]  # shape that the tensor must have: [n_experts, rows, columns]
+    expert: int
+    first: int  # rows first .. last - 1
+    last: int
+
+    def __str__(self) -> str:
+        return f"{self.tensor}[{self.expert}, {self.first}:{self.last}]"
+
+    def within(self, span: TensorSpan) -> TensorSpan:
+        """Find the rows in the span of the whole tensor."""
+        n_experts, rows, columns = self.whole
+        row_bytes = span.size_bytes // (n_experts * rows)
+        offset_bytes = span.offset_bytes + (self.expert * rows + self.first) * row_bytes
+        count = self.last - self.first
+        return TensorSpan(span.dtype, (count, columns), offset_bytes, count * row_bytes)
+
+
+TensorName = str | ExpertRows
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: its config and where each tensor lies."""
@@ -45,19 +70,19 @@ class Checkpoint:
         """The family's name in config.json."""
         return str(self.config.get("model_type"))
 
-    def span(self, name: str) -> TensorSpan:
-        """Say where a tensor lies, its type and shape.
+    def span(self, name: TensorName) -> TensorSpan:
+        """Say where a tensor, or one expert's rows of it, lies, its type and shape.
 
         Raises:
-            CheckpointError: the checkpoint does not have it.
+            CheckpointError: the checkpoint does not have it, or not in the shape that the rows are part of.
         """
         return self._find(name)[1]
 
-    def tensor(self, name: str) -> npt.NDArray[Any]:
+    def tensor(self, name: TensorName) -> npt.NDArray[Any]:
         """Map a tensor read-only; BF16 comes as uint16."""
         return map_tensor(*self._find(name))
 
-    def pieces(self, name: str) -> Iterator[npt.NDArray[Any]]:
+    def pieces(self, name: TensorName) -> Iterator[npt.NDArray[Any]]:
         """Read a tensor front to back, whole rows at a time, about a MiB each; BF16 comes as uint16.
 
         NOTE: read, not mapped: mapped pages would count as memory of this process.
@@ -94,7 +119,12 @@ class Checkpoint:
         path = self.folder / name
         return _read_json(path) if path.is_file() else None
 
-    def _find(self, name: str) -> tuple[Path, TensorSpan]:
+    def _find(self, name: TensorName) -> tuple[Path, TensorSpan]:
+        if isinstance(name, ExpertRows):
+            path, span = self._find(name.tensor)
+            if span.shape != name.whole:
+                raise wrong_shape(self.folder, name.tensor, span.shape, name.whole)
+            return path, name.within(span)
         try:
             return self._where[name]
         except KeyError:
@@ -184,6 +214,11 @@ def _spans(shard: Path) -> dict[str, TensorSpan]:
         return read_spans(shard)
     except BundleError as error:
         raise CheckpointError(f"{error}; download this file again") from error
+
+
+def wrong_shape(folder: Path, tensor: TensorName, found: Sequence[int], expected: Sequence[int]) -> CheckpointError:
+    """Say that a tensor is not what the config makes of it."""
+    return CheckpointError(f"{folder}: tensor {tensor} has shape {list(found)}, config.json implies {list(expected)}")
 
 
 def check_floats(checkpoint: Checkpoint, names: Sequence[str]) -> None:

@@ -25,13 +25,13 @@ def to_float32(raw: Array, dtype: str) -> npt.NDArray[np.float32]:
     return raw.astype(np.float32, copy=False)
 
 
-def to_float16(raw: Array, dtype: str, tensor: str) -> npt.NDArray[np.float16]:
+def to_float16(raw: Array, dtype: str, tensor: object) -> npt.NDArray[np.float16]:
     """Convert weights to float16; what is below its smallest value becomes zero.
 
     Args:
         raw: the weights as stored.
         dtype: safetensors' name of their type.
-        tensor: its name, for the error.
+        tensor: its name, or whatever names it, for the error.
 
     Raises:
         CheckpointError: a value does not fit into float16.
@@ -54,7 +54,7 @@ def _bf16_table() -> npt.NDArray[np.float16]:
         return to_float32(np.arange(1 << 16, dtype=np.uint16), "BF16").astype(np.float16)
 
 
-def _too_large(tensor: str, values: Array) -> CheckpointError:
+def _too_large(tensor: object, values: Array) -> CheckpointError:
     size = np.abs(values.astype(np.float64))
     worst = float("nan") if np.isnan(size).any() else float(size.max())
     return CheckpointError(

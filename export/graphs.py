@@ -60,10 +60,18 @@ class _Graph:
         self._initializers[name] = helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
         return name
 
-    def linear(self, rows: str, weight: str, output: str, bias: str | None = None) -> str:
-        """Multiply rows by a weight [out, in], and add a bias."""
+    def linear(self, rows: str, weight: str, output: str, bias: str | None = None, factor: float = 1.0) -> str:
+        """Multiply rows by a weight [out, in] and a number, and add a bias."""
         inputs = [rows, self.weight(weight)] + ([self.weight(bias)] if bias is not None else [])
-        return self.add("Gemm", inputs, output, transB=1)
+        return self.add("Gemm", inputs, output, transB=1, alpha=None if factor == 1 else factor)
+
+    def scaled(self, rows: str, factor: float) -> str:
+        """Multiply rows by a number."""
+        if factor == 1:
+            return rows
+        name = f"{rows}_factor"
+        self._initializers[name] = helper.make_tensor(name, TensorProto.FLOAT, [], [factor])
+        return self.add("Mul", [rows, name], f"{rows}_scaled")
 
     def rms_norm(self, rows: str, weight: str, output: str, epsilon: float) -> str:
         """Scale rows to unit mean square, then by the norm's weight."""
@@ -96,22 +104,24 @@ def stage_graph(layout: ModelLayout, block: int, weights: Mapping[str, Weight]) 
         block: l.
         weights: of this stage, and `embedding` for the first.
     """
-    spec = layout.spec
+    spec, multipliers = layout.spec, layout.multipliers
     d_model = spec.d_model
     graph = _Graph(f"stage_{block:02d}", STATION_OPSET, weights)
     if block == 0:
         tokens = graph.input("token_ids", ["N"], TensorProto.INT64)
-        residual = graph.add("Gather", [graph.weight("embedding"), tokens], "embedded", axis=0)
+        embedded = graph.add("Gather", [graph.weight("embedding"), tokens], "embedded", axis=0)
+        residual = graph.scaled(embedded, multipliers.embedding)
     else:
-        inputs = [graph.input("residual", ["N", d_model]), graph.input("moe_out", ["N", d_model])]
-        residual = graph.add("Add", inputs, "summed")
+        before, moe_out = graph.input("residual", ["N", d_model]), graph.input("moe_out", ["N", d_model])
+        residual = graph.add("Add", [before, graph.scaled(moe_out, multipliers.residual)], "summed")
     if block == spec.n_blocks:
         graph.rms_norm(residual, "final_norm", "hidden", layout.norm_eps)
         graph.output("hidden", ["N", d_model])
         return graph.build()
 
     attended = _attention(graph, layout, residual, has_bias="bqkv" in weights)
-    graph.add("Add", [residual, graph.linear(attended, "wo", "projected")], "residual_out")
+    projected = graph.linear(attended, "wo", "projected", "bo" if "bo" in weights else None)
+    graph.add("Add", [residual, graph.scaled(projected, multipliers.residual)], "residual_out")
     hidden = graph.rms_norm("residual_out", "post_norm", "hidden", layout.norm_eps)
     graph.linear(hidden, "router", "router_logits")
     graph.output("residual_out", ["N", d_model])
@@ -142,7 +152,8 @@ def head_graph(layout: ModelLayout, weights: Mapping[str, Weight]) -> onnx.Model
     spec = layout.spec
     graph = _Graph("head", STATION_OPSET, weights)
     hidden = graph.input("hidden", ["M", spec.d_model])
-    graph.linear(hidden, "embedding" if layout.tied_head else "head", "logits")
+    weight = "embedding" if layout.tied_head else "head"
+    graph.linear(hidden, weight, "logits", factor=layout.multipliers.logits)
     graph.output("logits", ["M", spec.vocab_size])
     return graph.build()
 
@@ -186,8 +197,8 @@ def _attention(graph: _Graph, layout: ModelLayout, residual: str, has_bias: bool
     qkv = graph.linear(normed, "wqkv", "qkv", "bqkv" if has_bias else None)
     sizes = graph.integers("qkv_sizes", [spec.n_heads * spec.head_dim, spec.kv_dim, spec.kv_dim])
     graph.add("Split", [qkv, sizes], "query", "key", "new_value", axis=1)
-    query = rotated("query", "rotated_query", spec.n_heads)
-    key = rotated("key", "new_key", spec.n_kv_heads)
+    query = rotated(_qk_norm(graph, layout, "query", spec.n_heads), "rotated_query", spec.n_heads)
+    key = rotated(_qk_norm(graph, layout, "key", spec.n_kv_heads), "new_key", spec.n_kv_heads)
     attended = graph.add(
         "Attention",
         [
@@ -199,9 +210,23 @@ def _attention(graph: _Graph, layout: ModelLayout, residual: str, has_bias: bool
         "attended_lanes",
         q_num_heads=spec.n_heads,
         kv_num_heads=spec.n_kv_heads,
+        scale=layout.multipliers.attention,  # None: 1 / sqrt(head_dim)
     )
     flat = graph.integers("flat_shape", [-1, spec.n_heads * spec.head_dim])
     return graph.add("Gather", [graph.add("Reshape", [attended, flat], "attended_flat"), back], "attended", axis=0)
+
+
+def _qk_norm(graph: _Graph, layout: ModelLayout, rows: str, n_heads: int) -> str:
+    """Norm queries or keys [N, n_heads x head_dim] where the model does, each head by itself or all at once."""
+    if layout.qk_norm is None:
+        return rows
+    weight, normed = f"{rows}_norm", f"{rows}_normed"
+    if layout.qk_norm == "projection":
+        return graph.rms_norm(rows, weight, normed, layout.norm_eps)
+    dim = layout.spec.head_dim
+    heads = graph.add("Reshape", [rows, graph.integers(f"{rows}_by_head", [0, n_heads, dim])], f"{rows}_heads")
+    by_head = graph.rms_norm(heads, weight, f"{normed}_heads", layout.norm_eps)
+    return graph.add("Reshape", [by_head, graph.integers(f"{rows}_flat", [0, n_heads * dim])], normed)
 
 
 def _external(name: str, weight: Weight) -> TensorProto:

@@ -19,6 +19,7 @@ ALIASES = {
     "olmoe": "allenai/OLMoE-1B-7B-0924",
     "qwen2-moe": "Qwen/Qwen1.5-MoE-A2.7B",
     "qwen3-moe": "Qwen/Qwen3-30B-A3B",
+    "granite-moe": "ibm-granite/granite-3.0-1b-a400m-base",
 }
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 _HUB_PATIENCE_S = 10.0

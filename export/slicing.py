@@ -17,7 +17,7 @@ from typing import Any, TextIO, final
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.export.checkpoint import Checkpoint, read_pieces
+from wdmoe.export.checkpoint import Checkpoint, TensorName, read_pieces
 from wdmoe.export.conversion import to_float16, to_float32
 from wdmoe.export.families import ExpertNames
 from wdmoe.export.tensor_writer import PARTIAL_SUFFIX, TensorWriter
@@ -140,7 +140,7 @@ class ExpertStore:
             if path.name not in used:
                 path.unlink()
 
-    def _stored(self, name: str, on_bytes: OnBytes) -> Iterator[npt.NDArray[Any]]:
+    def _stored(self, name: TensorName, on_bytes: OnBytes) -> Iterator[npt.NDArray[Any]]:
         """Read a tensor of the checkpoint in the precision of the bundle."""
         dtype = self._checkpoint.span(name).dtype
         for piece in self._checkpoint.pieces(name):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from wdmoe.export.checkpoint import Checkpoint, check_floats
+from wdmoe.export.checkpoint import Checkpoint, ExpertRows, TensorName, check_floats, wrong_shape
 from wdmoe.export.conversion import to_float32
 from wdmoe.export.families import ExpertNames, ModelLayout
 from wdmoe.export.tensor_writer import TensorWriter
@@ -22,7 +22,7 @@ class Part:
     """One tensor of a file: tensors of the checkpoint, one below the other."""
 
     name: str
-    sources: tuple[tuple[str, Shape], ...]  # name in the checkpoint and shape it must have
+    sources: tuple[tuple[TensorName, Shape], ...]  # name in the checkpoint and shape it must have
 
     @property
     def shape(self) -> Shape:
@@ -59,6 +59,13 @@ def stage_parts(layout: ModelLayout, block: int) -> tuple[Part, ...]:
     if names.biases is not None:
         sizes = (q_dim, kv_dim, kv_dim)
         parts.append(Part("bqkv", tuple((name, (size,)) for name, size in zip(names.biases, sizes, strict=True))))
+    if names.output_bias is not None:
+        parts.append(Part("bo", ((names.output_bias, (d_model,)),)))
+    if names.qk_norms is not None:
+        query_norm, key_norm = names.qk_norms
+        per_head = layout.qk_norm == "head"
+        parts.append(Part("query_norm", ((query_norm, (spec.head_dim if per_head else q_dim,)),)))
+        parts.append(Part("key_norm", ((key_norm, (spec.head_dim if per_head else kv_dim,)),)))
     return tuple(parts)
 
 
@@ -124,10 +131,8 @@ def check_tensors(checkpoint: Checkpoint, layout: ModelLayout) -> None:
     for part in (*station_parts(layout), *all_expert_parts(layout)):
         for name, shape in part.sources:
             if (found := checkpoint.span(name).shape) != shape:
-                raise CheckpointError(
-                    f"{checkpoint.folder}: tensor {name} has shape {list(found)}, config.json implies {list(shape)}"
-                )
-            read.add(name)
+                raise wrong_shape(checkpoint.folder, name, found, shape)
+            read.add(name.tensor if isinstance(name, ExpertRows) else name)
     check_floats(checkpoint, sorted(read))
     extra = sorted(name for name in checkpoint.names - read if not name.endswith("rotary_emb.inv_freq"))
     if layout.tied_head:

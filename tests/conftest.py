@@ -18,7 +18,7 @@ def interruptible() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.fixture(scope="session", params=["mixtral", "qwen2_moe"])
+@pytest.fixture(scope="session", params=tiny.FAMILIES)
 def any_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model of each family, exported for four devices; the checkpoint lies beside it."""
     return exported(tmp_path_factory.mktemp(request.param), request.param)

@@ -7,6 +7,7 @@ same bytes whatever its version.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,46 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "num_experts": 8,
+        "head_dim": 16,  # not hidden_size / num_attention_heads
+        "norm_topk_prob": True,
+        "attention_bias": False,
+        "use_sliding_window": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "olmoe": {
+        "architectures": ["OlmoeForCausalLM"],
+        "intermediate_size": 24,
+        "num_experts": 8,
+        "norm_topk_prob": False,
+        "attention_bias": False,
+        "clip_qkv": None,
+    },
+    "granitemoe": {
+        "architectures": ["GraniteMoeForCausalLM"],
+        "intermediate_size": 24,
+        "num_local_experts": 8,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.05,  # 1 / sqrt(head_dim) is 0.35
+        "residual_multiplier": 0.22,
+        "logits_scaling": 6.0,
+    },
 }
+FAMILIES = tuple(_FAMILIES)
+# Published name -> name in transformers 5, for what is not stacked as well.
+_RENAMED = (
+    ("block_sparse_moe.router.layer.weight", "block_sparse_moe.router.weight"),
+    ("block_sparse_moe.input_linear.weight", "block_sparse_moe.experts.gate_up_proj"),
+    ("block_sparse_moe.output_linear.weight", "block_sparse_moe.experts.down_proj"),
+    ("block_sparse_moe.gate.weight", "mlp.gate.weight"),
+)
 _DTYPE_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 
@@ -61,16 +101,25 @@ Array = npt.NDArray[Any]
 
 
 def tiny_checkpoint(
-    folder: Path, family: str, *, seed: int = 0, dtype: str = "float32", shards: int = 1, **overrides: Any
+    folder: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: str = "float32",
+    shards: int = 1,
+    fused: bool = False,
+    **overrides: Any,
 ) -> Path:
     """Write a random checkpoint with a byte-level tokenizer.
 
     Args:
         folder: is made.
-        family: "mixtral" or "qwen2_moe".
+        family: one of `FAMILIES`.
         seed: of the weights.
         dtype: "float32", "float16" or "bfloat16".
         shards: number of safetensors files; more than one come with an index.
+        fused: name the tensors as transformers 5 holds them, the experts of a block in two tensors; otherwise as
+            they are published. The weights are the same.
         overrides: fields of config.json, for example `num_key_value_heads`, `tie_word_embeddings`, `qkv_bias`.
 
     Returns:
@@ -87,6 +136,8 @@ def tiny_checkpoint(
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     rng = np.random.default_rng(seed)
     tensors = {name: _draw(rng, name, shape) for name, shape in _shapes(config)}
+    if fused:
+        tensors = _fused(tensors)
     _write_weights(folder, tensors, _DTYPE_NAMES[dtype], shards)
     return folder
 
@@ -136,9 +187,15 @@ def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{prefix}.input_layernorm.weight", (d_model,)
         for letter, width in widths.items():
             yield f"{prefix}.self_attn.{letter}_proj.weight", (width, d_model)
-            if config.get("qkv_bias"):
+            if config.get("qkv_bias") or config.get("attention_bias"):
                 yield f"{prefix}.self_attn.{letter}_proj.bias", (width,)
         yield f"{prefix}.self_attn.o_proj.weight", (d_model, widths["q"])
+        if config.get("attention_bias"):
+            yield f"{prefix}.self_attn.o_proj.bias", (d_model,)
+        if config["model_type"] in ("qwen3_moe", "olmoe"):
+            for letter in ("q", "k"):
+                size = head_dim if config["model_type"] == "qwen3_moe" else widths[letter]
+                yield f"{prefix}.self_attn.{letter}_norm.weight", (size,)
         yield f"{prefix}.post_attention_layernorm.weight", (d_model,)
         yield from _moe_shapes(config, prefix)
     yield "model.norm.weight", (d_model,)
@@ -148,12 +205,17 @@ def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _moe_shapes(config: dict[str, Any], prefix: str) -> Iterator[tuple[str, tuple[int, ...]]]:
     d_model = config["hidden_size"]
+    n_experts = config.get("num_experts") or config["num_local_experts"]
+    d_ff = config.get("moe_intermediate_size") or config["intermediate_size"]
+    if config["model_type"] == "granitemoe":
+        yield f"{prefix}.block_sparse_moe.router.layer.weight", (n_experts, d_model)
+        yield f"{prefix}.block_sparse_moe.input_linear.weight", (n_experts, 2 * d_ff, d_model)
+        yield f"{prefix}.block_sparse_moe.output_linear.weight", (n_experts, d_model, d_ff)
+        return
+    moe, names = f"{prefix}.mlp", ("gate_proj", "up_proj", "down_proj")
     if config["model_type"] == "mixtral":
         moe, names = f"{prefix}.block_sparse_moe", ("w1", "w3", "w2")
-        n_experts, d_ff = config["num_local_experts"], config["intermediate_size"]
-    else:
-        moe, names = f"{prefix}.mlp", ("gate_proj", "up_proj", "down_proj")
-        n_experts, d_ff = config["num_experts"], config["moe_intermediate_size"]
+    if config["model_type"] == "qwen2_moe":
         yield from _feed_forward(f"{moe}.shared_expert", names, config["shared_expert_intermediate_size"], d_model)
         yield f"{moe}.shared_expert_gate.weight", (1, d_model)
     yield f"{moe}.gate.weight", (n_experts, d_model)
@@ -173,11 +235,35 @@ def _feed_forward(
 def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> Array:
     """Draw weights that keep rows at about unit size, so that gates, norms and biases all matter."""
     values = rng.standard_normal(shape, np.float32)
+    if "q_norm" in name or "k_norm" in name:
+        return 1 + np.float32(0.4) * values
     if "norm" in name:
         return 1 + np.float32(0.1) * values
     if name.endswith("bias") or "embed" in name:
         return values
     return values / np.float32(np.sqrt(shape[-1]))
+
+
+def _fused(tensors: dict[str, Array]) -> dict[str, Array]:
+    """Rename published tensors to those of transformers 5, and stack what experts have one by one."""
+    renamed: dict[str, Array] = {}
+    stacks: dict[str, list[Array]] = {}  # each block's gates, ups and downs, by the tensor's name without the number
+    for name, tensor in tensors.items():
+        if re.search(r"\.experts\.\d+\.", name):
+            stacks.setdefault(re.sub(r"experts\.\d+\.", "experts.", name), []).append(tensor)
+            continue
+        for old, new in _RENAMED:
+            name = name.replace(old, new)
+        renamed[name] = tensor
+    for name, stack in stacks.items():
+        prefix, weight = name.removesuffix(".weight").rsplit(".", 1)
+        prefix = prefix.replace("block_sparse_moe", "mlp")
+        if weight in ("w2", "down_proj"):
+            renamed[f"{prefix}.down_proj"] = np.stack(stack)
+        elif weight in ("w1", "gate_proj"):
+            ups = stacks[name.replace(weight, {"w1": "w3", "gate_proj": "up_proj"}[weight])]
+            renamed[f"{prefix}.gate_up_proj"] = np.concatenate([np.stack(stack), np.stack(ups)], axis=1)
+    return renamed
 
 
 def _write_weights(folder: Path, tensors: dict[str, Array], dtype: str, shards: int) -> None:

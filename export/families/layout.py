@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
-from wdmoe.runtime.errors import CheckpointError
+from wdmoe.export.checkpoint import TensorName
+from wdmoe.export.families.names import Naming, feed_forward
 from wdmoe.runtime.manifest import ModelSpec
+
+# What the query and key norms see: one head at a time, or the whole projection.
+QkNorm = Literal["head", "projection"]
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertNames:
-    """Tensors of one gated feed-forward: down (silu(gate x) * up x)."""
+    """Weights of one gated feed-forward: down (silu(gate x) * up x)."""
 
-    gate: str  # [d_ff, d_model]
-    up: str  # [d_ff, d_model]
-    down: str  # [d_model, d_ff]
+    gate: TensorName  # [d_ff, d_model]
+    up: TensorName  # [d_ff, d_model]
+    down: TensorName  # [d_model, d_ff]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +33,24 @@ class BlockNames:
     output: str  # [d_model, n_heads x head_dim]
     post_norm: str  # [d_model]
     router: str  # [n_experts, d_model]
-    biases: tuple[str, str, str] | None = None  # of query, key and value
-    shared: ExpertNames | None = None
-    shared_gate: str | None = None  # [1, d_model]; its sigmoid scales the shared expert
+    biases: tuple[str, str, str] | None  # of query, key and value
+    output_bias: str | None  # [d_model]
+    qk_norms: tuple[str, str] | None  # [head_dim] each, or [n_heads x head_dim] and [n_kv_heads x head_dim]
+    shared: ExpertNames | None
+    shared_gate: str | None  # [1, d_model]; its sigmoid scales the shared expert
+
+
+@dataclass(frozen=True, slots=True)
+class Multipliers:
+    """Numbers that the graphs multiply by. They are constants of the graphs: the base station does not know them."""
+
+    embedding: float = 1.0  # rows of the embedding
+    attention: float | None = None  # scores before the softmax; None: 1 / sqrt(head_dim)
+    residual: float = 1.0  # what attention and what the experts add to the residual
+    logits: float = 1.0
+
+
+NO_MULTIPLIERS = Multipliers()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,82 +58,41 @@ class ModelLayout:
     """A model as the exporter sees it: its shapes, a few numbers of its graphs, and the names of its tensors."""
 
     spec: ModelSpec
+    naming: Naming
     norm_eps: float
     tied_head: bool  # the head is the embedding
-    block: Callable[[int], BlockNames]
-    expert: Callable[[int, int], ExpertNames]  # block, expert
-    shared_ff: int = 0  # width of the shared expert
+    qkv_bias: bool = False
+    output_bias: bool = False  # of the projection after attention
+    qk_norm: QkNorm | None = None
+    shared_ff: int = 0  # width of the shared expert; 0: the blocks have none
+    multipliers: Multipliers = NO_MULTIPLIERS
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm.weight"
     head: str = "lm_head.weight"
 
+    def block(self, block: int) -> BlockNames:
+        """Name the tensors of a block that stay at the base station."""
+        prefix = f"model.layers.{block}"
+        attention = f"{prefix}.self_attn"
+        biases = (f"{attention}.q_proj.bias", f"{attention}.k_proj.bias", f"{attention}.v_proj.bias")
+        shared = ExpertNames(*feed_forward(f"{prefix}.mlp.shared_expert")) if self.shared_ff else None
+        return BlockNames(
+            input_norm=f"{prefix}.input_layernorm.weight",
+            query=f"{attention}.q_proj.weight",
+            key=f"{attention}.k_proj.weight",
+            value=f"{attention}.v_proj.weight",
+            output=f"{attention}.o_proj.weight",
+            post_norm=f"{prefix}.post_attention_layernorm.weight",
+            router=f"{prefix}.{self.naming.router}",
+            biases=biases if self.qkv_bias else None,
+            output_bias=f"{attention}.o_proj.bias" if self.output_bias else None,
+            qk_norms=(f"{attention}.q_norm.weight", f"{attention}.k_norm.weight") if self.qk_norm else None,
+            shared=shared,
+            shared_gate=f"{prefix}.mlp.shared_expert_gate.weight" if self.shared_ff else None,
+        )
 
-@dataclass(frozen=True, slots=True)
-class Config:
-    """config.json (with the ids of generation_config.json), read field by field."""
-
-    values: Mapping[str, Any]
-    generation: Mapping[str, Any]
-
-    def count(self, field: str, default: int | None = None) -> int:
-        """Read a positive integer; null counts as absent.
-
-        Raises:
-            CheckpointError: it is missing and has no default, or is something else.
-        """
-        value = self.values.get(field)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"config.json: field {field} is {value!r}, expected a positive integer")
-        return value
-
-    def number(self, field: str, default: float) -> float:
-        """Read a number; null counts as absent."""
-        value = self.values.get(field)
-        value = default if value is None else value
-        if not isinstance(value, int | float):
-            raise CheckpointError(f"config.json: field {field} is {value!r}, expected a number")
-        return float(value)
-
-    def flag(self, field: str, default: bool) -> bool:
-        """Read a truth value; null counts as absent."""
-        value = self.values.get(field)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise CheckpointError(f"config.json: field {field} is {value!r}, expected true or false")
-        return value
-
-    def require(self, field: str, *, understood: object, default: object = None) -> None:
-        """Refuse a model that differs in a way the graphs cannot express.
-
-        Raises:
-            CheckpointError: the field holds anything but the value understood.
-        """
-        value = self.values.get(field)
-        value = default if value is None else value
-        if value != understood:
-            raise CheckpointError(f"config.json: {field} = {value!r} is not supported, only {understood!r}")
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head: the config's own, or d_model / n_heads."""
-        return self.count("head_dim", self.count("hidden_size") // self.count("num_attention_heads"))
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """The id that begins a text."""
-        ids = self._ids("bos_token_id")
-        return ids[0] if ids else None
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end a text; generation_config.json has the last word."""
-        return self._ids("eos_token_id")
-
-    def _ids(self, field: str) -> tuple[int, ...]:
-        value = self.generation.get(field)
-        value = self.values.get(field) if value is None else value
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(isinstance(token, int) for token in ids):
-            raise CheckpointError(f"config.json: field {field} is {value!r}, expected token ids")
-        return tuple(ids)
+    def expert(self, block: int, expert: int) -> ExpertNames:
+        """Say where the weights of a routed expert are: tensors of its own, or its rows of those of all experts."""
+        spec = self.spec
+        weights = self.naming.expert(expert, spec.n_experts, spec.d_ff, spec.d_model, below=f"model.layers.{block}.")
+        return ExpertNames(*weights)

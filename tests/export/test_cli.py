@@ -105,11 +105,24 @@ def test_an_export_imports_no_torch(checkpoint: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_an_alias_that_cannot_be_downloaded_names_the_folder_to_give(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "from wdmoe.export.cli import main; main()", "--model", "mixtral"]
+@pytest.mark.parametrize(
+    ("alias", "repository"),
+    [
+        ("mixtral", "mistralai/Mixtral-8x7B-v0.1"),
+        ("mixtral-8x22b", "mistralai/Mixtral-8x22B-v0.1"),
+        ("olmoe", "allenai/OLMoE-1B-7B-0924"),
+        ("qwen2-moe", "Qwen/Qwen1.5-MoE-A2.7B"),
+        ("qwen3-moe", "Qwen/Qwen3-30B-A3B"),
+        ("granite-moe", "ibm-granite/granite-3.0-1b-a400m-base"),
+    ],
+)
+def test_an_alias_that_cannot_be_downloaded_names_the_folder_to_give(
+    tmp_path: Path, alias: str, repository: str
+) -> None:
+    command = [sys.executable, "-c", "from wdmoe.export.cli import main; main()", "--model", alias]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(command, env=offline, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=30)
     assert done.returncode == 1
-    assert "mistralai/Mixtral-8x7B-v0.1" in done.stderr
+    assert repository in done.stderr
     assert "--model FOLDER" in done.stderr
     assert "Traceback" not in done.stderr

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 import pytest
+import tiny
 import torch
 import transformers
-from tiny import tiny_checkpoint
 
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
 from wdmoe.runtime.manifest import BsManifest, DeviceManifest, ModelSpec, read_manifest
@@ -40,6 +40,24 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2-moe": {"family": "qwen2_moe"},
     "qwen2-moe-tied": {"family": "qwen2_moe", "tie_word_embeddings": True, "norm_topk_prob": True, "shards": 2},
     "qwen2-moe-no-bias": {"family": "qwen2_moe", "qkv_bias": False, "dtype": "float16"},
+    "qwen3-moe": {"family": "qwen3_moe"},
+    "qwen3-moe-raw-bias": {"family": "qwen3_moe", "norm_topk_prob": False, "attention_bias": True},
+    "qwen3-moe-top-3": {"family": "qwen3_moe", "num_experts_per_tok": 3, "head_dim": 8, "num_key_value_heads": 1},
+    "qwen3-moe-window": {"family": "qwen3_moe", "use_sliding_window": True, "sliding_window": 4, "shards": 2},
+    "qwen3-moe-tied-bfloat16": {"family": "qwen3_moe", "tie_word_embeddings": True, "dtype": "bfloat16"},
+    "olmoe": {"family": "olmoe"},
+    "olmoe-multi-head-normed": {"family": "olmoe", "num_key_value_heads": 4, "norm_topk_prob": True},
+    "olmoe-bias-tied": {"family": "olmoe", "attention_bias": True, "tie_word_embeddings": True},
+    "granitemoe": {"family": "granitemoe"},
+    "granitemoe-untied-bias": {"family": "granitemoe", "tie_word_embeddings": False, "attention_bias": True},
+    "granitemoe-other-numbers": {
+        "family": "granitemoe",
+        "embedding_multiplier": 0.3,
+        "attention_multiplier": 1.7,
+        "residual_multiplier": 2.5,
+        "logits_scaling": 0.07,
+    },
+    **{f"{family}-fused": {"family": family, "fused": True} for family in tiny.FAMILIES},
 }
 
 
@@ -122,7 +140,7 @@ def _mask(spec: ModelSpec, positions: npt.NDArray[np.int64], length: int) -> Flo
 
 
 def _exported(tmp_path: Path, precision: Any = "auto", **options: Any) -> tuple[Path, BundleRunner]:
-    checkpoint = tiny_checkpoint(tmp_path / "checkpoint", **options)
+    checkpoint = tiny.tiny_checkpoint(tmp_path / "checkpoint", **options)
     config = ExportConfig(tmp_path / "bundle", experts_per_device=3, precision=precision)
     export_bundle(plan_export(checkpoint, "tiny", config), config)
     manifest = read_manifest(config.out / "bs", BsManifest)
