@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from wdmoe.export.checkpoint import Checkpoint, open_checkpoint
-from wdmoe.export.device_folder import GOLDEN_NAME, write_device
+from wdmoe.export.conversion import Losses
+from wdmoe.export.device_folder import GOLDEN_NAME, can_link, write_device
 from wdmoe.export.families import FAMILIES, Config, ModelLayout
+from wdmoe.export.journal import JOURNAL_NAME, Journal
+from wdmoe.export.parallel import OnBytes, default_workers, run_all
 from wdmoe.export.placement import Placement, placement_of, split_over_devices, split_per_device
-from wdmoe.export.slicing import ExpertFile, ExpertStore, FloatArray, golden_rows
-from wdmoe.export.station import write_station
+from wdmoe.export.slicing import GOLDEN_ROWS, ExpertFile, ExpertStore, golden_rows
+from wdmoe.export.station import StationWeights, put_weights, weight_files, write_station
 from wdmoe.export.weights import Part, all_expert_parts, check_tensors, station_parts
 from wdmoe.runtime.errors import BundleError, CheckpointError
 from wdmoe.runtime.manifest import (
@@ -31,7 +35,6 @@ from wdmoe.runtime.manifest import (
     write_manifest,
 )
 
-OnBytes = Callable[[int], None]
 _DEFAULT_PER_DEVICE = 2
 
 
@@ -44,6 +47,8 @@ class ExportConfig:
     devices: int | None = None
     precision: Literal["auto", "fp32", "fp16"] = "auto"
     force: bool = False  # replace a bundle that is already there
+    clamp: bool = False  # turn values that float16 cannot hold into its largest instead of stopping
+    workers: int = field(default_factory=default_workers)  # threads
 
     def __post_init__(self) -> None:
         if self.experts_per_device is not None and self.devices is not None:
@@ -91,6 +96,7 @@ class ExportResult:
     out: Path
     bundle_id: str
     already_there: bool
+    losses: Losses = field(default_factory=Losses)  # of the experts
 
 
 def plan_export(folder: Path, name: str, config: ExportConfig) -> ExportPlan:
@@ -152,40 +158,67 @@ def export_bundle(plan: ExportPlan, config: ExportConfig, on_bytes: OnBytes = la
     if _is_taken(out) and not config.force:
         present = read_manifest(out / "bs", BsManifest)
         if (difference := _difference(out, present, plan)) is None:
+            (out / JOURNAL_NAME).unlink(missing_ok=True)  # of an export killed at its very end
             return ExportResult(out, present.bundle_id, already_there=True)
         raise BundleError(
             f"{out}: already holds a bundle with {difference}; choose another --out, or --force replaces it"
         )
 
     partial = out.with_name(out.name + ".partial")
-    _check_room(partial, plan)
-    with ExpertStore(partial / "experts", plan.checkpoint, plan.precision) as store:
-        for stale in partial.iterdir():
-            if stale.name != "experts":
-                shutil.rmtree(stale)
-        made = _write(partial, store, plan, on_bytes)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)
+    with Journal(partial) as journal:
+        _clear(partial, plan)
+        _check_room(partial, plan)
+        made, losses = _write(partial, journal, plan, config, on_bytes)
         _replace(out, partial)
-    return ExportResult(out, made, already_there=False)
+        # Last, so that an export killed anywhere before finds all that it had finished.
+        (out / JOURNAL_NAME).unlink()
+    return ExportResult(out, made, already_there=False, losses=losses)
 
 
-def _write(partial: Path, store: ExpertStore, plan: ExportPlan, on_bytes: OnBytes) -> str:
-    spec = plan.layout.spec
-    experts: list[list[ExpertFile]] = []
-    golden: list[FloatArray] = []
-    for block in range(spec.n_blocks):
-        rows = golden_rows(plan.checkpoint, plan.layout.block(block).post_norm, spec.d_model, block)
-        golden.append(rows)
-        experts.append([
-            store.put(block, number, plan.layout.expert(block, number), rows, spec.d_ff, on_bytes)
-            for number in range(spec.n_experts)
-        ])  # fmt: skip
+def _clear(partial: Path, plan: ExportPlan) -> None:
+    """Remove what an interrupted export left, but for experts and weights, which the journal may know."""
+    kept = {partial / JOURNAL_NAME, partial / "experts", partial / "bs"}
+    for stale in set(partial.iterdir()) - kept:
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    names = weight_files(plan.layout)
+    for stale in (partial / "bs").glob("*"):
+        if stale.name not in names:
+            stale.unlink()
+
+
+def _write(
+    partial: Path, journal: Journal, plan: ExportPlan, config: ExportConfig, on_bytes: OnBytes
+) -> tuple[str, Losses]:
+    spec, bs_folder = plan.layout.spec, partial / "bs"
+    bs_folder.mkdir(exist_ok=True)
+    store = ExpertStore(partial / "experts", journal, plan.checkpoint, plan.precision, config.clamp)
+    golden = [
+        golden_rows(plan.checkpoint, plan.layout.block(block).post_norm, spec.d_model, block)
+        for block in range(spec.n_blocks)
+    ]
+
+    def expert_job(block: int, number: int) -> Callable[[OnBytes], ExpertFile]:
+        names = plan.layout.expert(block, number)
+        return lambda count: store.put(block, number, names, golden[block], spec.d_ff, count)
+
+    def weights_job(name: str, parts: tuple[Part, ...]) -> Callable[[OnBytes], StationWeights]:
+        return lambda count: put_weights(bs_folder / name, parts, plan.checkpoint, journal, count)
+
+    files = weight_files(plan.layout)
+    jobs: list[Callable[[OnBytes], ExpertFile | StationWeights]] = []
+    jobs += [expert_job(block, number) for block in range(spec.n_blocks) for number in range(spec.n_experts)]
+    jobs += [weights_job(name, parts) for name, parts in files.items()]
+    made = run_all(jobs, config.workers, on_bytes)
+    flat = [file for file in made if isinstance(file, ExpertFile)]
+    experts = [flat[start : start + spec.n_experts] for start in range(0, len(flat), spec.n_experts)]
+    weights = [file for file in made if isinstance(file, StationWeights)]
+    station = write_station(bs_folder, plan.checkpoint, plan.layout, dict(zip(files, weights, strict=True)))
+    store.seal(frozenset(expert.name for expert in flat))
+
     hashes = tuple(tuple(expert.entry.sha256 for expert in row) for row in experts)
-
-    bs_folder = partial / "bs"
-    bs_folder.mkdir()
-    station = write_station(bs_folder, plan.checkpoint, plan.layout, on_bytes)
     name = bundle_id(spec, plan.precision, hashes, station.model_hashes)
-
     manifests: list[tuple[Path, BsManifest | DeviceManifest]] = []
     for device, numbers in enumerate(plan.groups):
         folder = partial / f"device-{device}"
@@ -203,10 +236,12 @@ def _write(partial: Path, store: ExpertStore, plan: ExportPlan, on_bytes: OnByte
         tokenizer=station.tokenizer, chat_template=station.chat_template, files=station.files,
         shared=tuple(station.shared),
     )))  # fmt: skip
-    store.seal(frozenset(expert.name for row in experts for expert in row))
     for folder, manifest in manifests:
         write_manifest(folder, manifest)
-    return name
+    losses = Losses()
+    for expert in flat:
+        losses.add(expert.losses)
+    return name, losses
 
 
 def _is_taken(out: Path) -> bool:
@@ -230,9 +265,9 @@ def _difference(out: Path, present: BsManifest, plan: ExportPlan) -> str | None:
         "precision": plan.precision,
         "placement": plan.placement,
     }
-    for field, value in planned.items():
-        if getattr(present, field) != value:
-            return f"another {field}"
+    for name, value in planned.items():
+        if getattr(present, name) != value:
+            return f"another {name}"
     for device in range(len(plan.groups)):
         folder = out / f"device-{device}"
         manifest = read_manifest(folder, DeviceManifest)
@@ -251,15 +286,25 @@ def _check_room(partial: Path, plan: ExportPlan) -> None:
         return sum(math.prod(part.shape) for part in parts)
 
     itemsize = 4 if plan.precision == "fp32" else 2
-    needed = elements(all_expert_parts(plan.layout)) * itemsize + elements(station_parts(plan.layout)) * 4
-    kept = sum(path.stat().st_size for path in (partial / "experts").glob("*") if path.is_file())
-    parent = partial.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
+    expert_bytes = elements(all_expert_parts(plan.layout)) * itemsize
+    needed = expert_bytes + elements(station_parts(plan.layout)) * 4 + _small_files_bytes(plan)
+    if not can_link(partial):
+        needed += expert_bytes  # a copy for each device
+    kept = sum(path.stat().st_size for name in ("experts", "bs") for path in (partial / name).glob("*.safetensors"))
+    free = shutil.disk_usage(partial).free
     if needed - kept > free:
         raise BundleError(
-            f"{parent}: {free / 1e9:.1f} GB free, the bundle needs {(needed - kept) / 1e9:.1f} GB; choose another --out"
+            f"{partial.absolute().parent}: {free / 1e9:.1f} GB free, the bundle needs {(needed - kept) / 1e9:.1f} GB; "
+            "choose another --out"
         )
+
+
+def _small_files_bytes(plan: ExportPlan) -> int:
+    """Estimate golden rows, graphs and manifests."""
+    spec = plan.layout.spec
+    n_held = spec.n_blocks * sum(map(len, plan.groups))
+    n_golden_rows = GOLDEN_ROWS * (n_held + spec.n_blocks * len(plan.groups))
+    return n_golden_rows * spec.d_model * 4 + (n_held + 2 * spec.n_blocks) * 4096 + 1_000_000
 
 
 def _replace(out: Path, partial: Path) -> None:
@@ -269,6 +314,23 @@ def _replace(out: Path, partial: Path) -> None:
         if old.exists():
             shutil.rmtree(old)
         out.rename(old)
+    for folder in (*partial.iterdir(), partial):
+        if folder.is_dir():
+            _bring_to_disk(folder)
     partial.rename(out)
+    _bring_to_disk(out.absolute().parent)
     if old.exists():
         shutil.rmtree(old)
+
+
+def _bring_to_disk(folder: Path) -> None:
+    """Make the names in a folder survive a power cut.
+
+    NOTE: weights were brought to the disk one by one. Graphs and the other small files were not: what a power cut
+    does to them is seen by their hash in the manifest, and they are quickly made again.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

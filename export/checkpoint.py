@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.export.conversion import FLOAT_DTYPES
+from wdmoe.export.tensor_writer import forget
 from wdmoe.runtime.errors import BundleError, CheckpointError
 from wdmoe.runtime.tensor_file import TensorSpan, map_tensor, read_spans
 
@@ -24,6 +25,8 @@ _SAMPLE_BYTES = 4096
 # Small enough to stay in the cache from reading over conversion to hashing. Counted in elements, so that a product
 # with the pieces comes out the same, to the last bit, in whatever precision they are stored.
 _PIECE_ELEMENTS = 1 << 18
+# Bytes read, after which the kernel may drop them: a checkpoint larger than memory pushes nothing else out of it.
+_WINDOW_BYTES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -137,13 +140,15 @@ def read_pieces(path: Path, span: TensorSpan) -> Iterator[npt.NDArray[Any]]:
     rows_left = span.shape[0]
     at_once = max(1, _PIECE_ELEMENTS // max(1, int(np.prod(row_shape, dtype=np.int64))))
     with path.open("rb") as file:
-        file.seek(span.offset_bytes)
+        behind_bytes = file.seek(span.offset_bytes)
         while rows_left:
             piece = np.empty((min(at_once, rows_left), *row_shape), dtype)
             if file.readinto(piece.reshape(-1).view(np.uint8).data) != piece.nbytes:
                 raise CheckpointError(f"{path}: became shorter while it was read")
             yield piece
             rows_left -= len(piece)
+            if file.tell() - behind_bytes >= _WINDOW_BYTES:
+                behind_bytes = forget(file.fileno(), behind_bytes, file.tell())
 
 
 def _offset(span: TensorSpan) -> int:

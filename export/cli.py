@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,6 +46,10 @@ Examples:
     "--precision", type=click.Choice(["auto", "fp32", "fp16"]), default="auto", show_default=True,
     help="Of the experts; auto: fp32 for a float32 checkpoint, else fp16.",
 )  # fmt: skip
+@click.option(
+    "--clamp", is_flag=True,
+    help="Turn weights that fp16 cannot hold into its largest value, and count them, instead of stopping.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace a bundle that is already there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
@@ -55,6 +60,7 @@ def main(
     devices: int | None,
     out: Path,
     precision: Literal["auto", "fp32", "fp16"],
+    clamp: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -74,7 +80,7 @@ def main(
     from wdmoe.export.bundle import ExportConfig
 
     with _plain_errors(f"interrupted; the same command goes on from {out}.partial"):
-        _export(model, ExportConfig(out, experts_per_device, devices, precision, force), as_json)
+        _export(model, ExportConfig(out, experts_per_device, devices, precision, force, clamp), as_json)
 
 
 def _export(model: str, config: ExportConfig, as_json: bool) -> None:
@@ -93,8 +99,14 @@ def _export(model: str, config: ExportConfig, as_json: bool) -> None:
         result = export_bundle(plan, config, on_bytes)
     bundle = read_bundle(result.out)
     if as_json:
-        click.echo(json.dumps({"out": str(result.out), "already_there": result.already_there, **bundle.as_json()}))
+        made = {"out": str(result.out), "already_there": result.already_there, "losses": asdict(result.losses)}
+        click.echo(json.dumps(made | bundle.as_json()))
         return
+    if result.losses.clamped or result.losses.to_zero:
+        click.echo(
+            f"fp16: {result.losses.clamped} weights were clamped, {result.losses.to_zero} are too small and became 0",
+            err=True,
+        )
     Console().print(summary(bundle))
     click.echo(f"{result.out} is already there, nothing to do" if result.already_there else f"wrote {result.out}")
 

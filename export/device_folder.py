@@ -127,3 +127,17 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def can_link(folder: Path) -> bool:
+    """Say whether the file system of a folder has hard links."""
+    first, second = folder / "link-test-a", folder / "link-test-b"
+    try:
+        first.touch()
+        os.link(first, second)
+    except OSError:
+        return False
+    finally:
+        first.unlink(missing_ok=True)
+        second.unlink(missing_ok=True)
+    return True
