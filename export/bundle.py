@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import Literal
 
 from wdmoe.export.checkpoint import Checkpoint, open_checkpoint
 from wdmoe.export.conversion import Losses
-from wdmoe.export.device_folder import GOLDEN_NAME, can_link, write_device
+from wdmoe.export.device_folder import Frame, can_link, write_device
 from wdmoe.export.families import FAMILIES, Config, ModelLayout
 from wdmoe.export.journal import JOURNAL_NAME, Journal
 from wdmoe.export.parallel import OnBytes, default_workers, run_all
-from wdmoe.export.placement import Placement, placement_of, split_over_devices, split_per_device
-from wdmoe.export.slicing import GOLDEN_ROWS, ExpertFile, ExpertStore, golden_rows
+from wdmoe.export.placement import Placement, PlacementOptions, device_count, held_by
+from wdmoe.export.sizing import expert_file_bytes, most_held, sizes_of
+from wdmoe.export.slicing import ExpertFile, ExpertStore, golden_rows
 from wdmoe.export.station import StationWeights, put_weights, weight_files, write_station
 from wdmoe.export.weights import Part, all_expert_parts, check_tensors, station_parts
 from wdmoe.runtime.errors import BundleError, CheckpointError
@@ -28,14 +28,13 @@ from wdmoe.runtime.manifest import (
     VERSION,
     BsManifest,
     DeviceManifest,
+    ModelSpec,
     Precision,
     Source,
     bundle_id,
     read_manifest,
     write_manifest,
 )
-
-_DEFAULT_PER_DEVICE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +48,21 @@ class ExportConfig:
     force: bool = False  # replace a bundle that is already there
     clamp: bool = False  # turn values that float16 cannot hold into its largest instead of stopping
     workers: int = field(default_factory=default_workers)  # threads
+    placement: PlacementOptions | None = None  # in place of the two numbers above
+    device_memory_bytes: int | None = None  # heeded by a balanced placement and by replicas
 
     def __post_init__(self) -> None:
-        if self.experts_per_device is not None and self.devices is not None:
-            raise ValueError("give either experts per device or the number of devices, not both")
+        self.placing()  # raises ValueError
 
-    def split(self, n_experts: int) -> tuple[range, ...]:
-        """Deal out the experts of a block: device -> their numbers."""
-        if self.devices is not None:
-            return split_over_devices(n_experts, self.devices)
-        if self.experts_per_device is not None:
-            return split_per_device(n_experts, self.experts_per_device)
-        return split_per_device(n_experts, min(_DEFAULT_PER_DEVICE, n_experts))
+    def placing(self) -> PlacementOptions:
+        """What was asked for as to placement."""
+        return self.placement or PlacementOptions(self.experts_per_device, self.devices)
+
+    def place(self, spec: ModelSpec, precision: Precision) -> Placement:
+        """Place the experts of a model; see `PlacementOptions.place`."""
+        memory = self.device_memory_bytes
+        limit = None if memory is None else most_held(spec, precision, memory)
+        return self.placing().place(spec.n_blocks, spec.n_experts, limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +72,13 @@ class ExportPlan:
     checkpoint: Checkpoint
     layout: ModelLayout
     precision: Precision
-    groups: tuple[range, ...]  # device -> numbers of its experts
+    placement: Placement
 
     @property
     def total_bytes(self) -> int:
         """Bytes of the checkpoint that will be read."""
         parts = (*station_parts(self.layout), *all_expert_parts(self.layout))
         return sum(self.checkpoint.span(name).size_bytes for part in parts for name, _ in part.sources)
-
-    @property
-    def placement(self) -> Placement:
-        """Devices of each expert."""
-        return placement_of(self.groups, self.layout.spec.n_blocks)
 
     @property
     def source(self) -> Source:
@@ -120,7 +117,7 @@ def plan_export(folder: Path, name: str, config: ExportConfig) -> ExportPlan:
         precision = "fp32" if dtypes <= {"F32", "F64"} else "fp16"
     else:
         precision = config.precision
-    return ExportPlan(checkpoint, layout, precision, config.split(layout.spec.n_experts))
+    return ExportPlan(checkpoint, layout, precision, config.place(layout.spec, precision))
 
 
 def layout_of(checkpoint: Checkpoint, name: str) -> ModelLayout:
@@ -219,25 +216,16 @@ def _write(
 
     hashes = tuple(tuple(expert.entry.sha256 for expert in row) for row in experts)
     name = bundle_id(spec, plan.precision, hashes, station.model_hashes)
-    manifests: list[tuple[Path, BsManifest | DeviceManifest]] = []
-    for device, numbers in enumerate(plan.groups):
-        folder = partial / f"device-{device}"
-        folder.mkdir()
-        written = write_device(
-            folder, partial / "experts", device, numbers, experts, golden, spec, plan.precision, name
-        )
-        manifests.append((folder, DeviceManifest(
-            format=FORMAT, version=VERSION, bundle_id=name, model=spec, source=plan.source, precision=plan.precision,
-            device=device, experts=written.experts, golden=GOLDEN_NAME, files=written.files,
-        )))  # fmt: skip
-    manifests.append((bs_folder, BsManifest(
+    frame = Frame(spec, plan.source, plan.precision, name)
+    for device in range(device_count(plan.placement)):
+        held = held_by(plan.placement, device)
+        write_device(partial / f"device-{device}", partial / "experts", device, held, experts, golden, frame)
+    write_manifest(bs_folder, BsManifest(
         format=FORMAT, version=VERSION, bundle_id=name, model=spec, source=plan.source, precision=plan.precision,
         experts=hashes, placement=plan.placement, stages=tuple(station.stages), head=station.head,
         tokenizer=station.tokenizer, chat_template=station.chat_template, files=station.files,
         shared=tuple(station.shared),
-    )))  # fmt: skip
-    for folder, manifest in manifests:
-        write_manifest(folder, manifest)
+    ))  # fmt: skip
     losses = Losses()
     for expert in flat:
         losses.add(expert.losses)
@@ -268,7 +256,7 @@ def _difference(out: Path, present: BsManifest, plan: ExportPlan) -> str | None:
     for name, value in planned.items():
         if getattr(present, name) != value:
             return f"another {name}"
-    for device in range(len(plan.groups)):
+    for device in range(device_count(plan.placement)):
         folder = out / f"device-{device}"
         manifest = read_manifest(folder, DeviceManifest)
         sizes = {folder / name: entry.size_bytes for name, entry in manifest.files.items()}
@@ -281,15 +269,16 @@ def _difference(out: Path, present: BsManifest, plan: ExportPlan) -> str | None:
 
 def _check_room(partial: Path, plan: ExportPlan) -> None:
     """Refuse to begin what cannot be finished."""
-
-    def elements(parts: Iterable[Part]) -> int:
-        return sum(math.prod(part.shape) for part in parts)
-
-    itemsize = 4 if plan.precision == "fp32" else 2
-    expert_bytes = elements(all_expert_parts(plan.layout)) * itemsize
-    needed = expert_bytes + elements(station_parts(plan.layout)) * 4 + _small_files_bytes(plan)
-    if not can_link(partial):
-        needed += expert_bytes  # a copy for each device
+    sizes = sizes_of(plan.layout, plan.placement)
+    needed = sizes.bundle_bytes(plan.precision)
+    spec = plan.layout.spec
+    expert_bytes = expert_file_bytes(plan.layout, plan.precision)
+    if can_link(partial):  # one copy of each expert, whoever holds it
+        needed += expert_bytes * (
+            spec.n_blocks * spec.n_experts - sum(d.experts for d in sizes.devices[plan.precision])
+        )
+    else:
+        needed += expert_bytes * spec.n_blocks * spec.n_experts
     kept = sum(path.stat().st_size for name in ("experts", "bs") for path in (partial / name).glob("*.safetensors"))
     free = shutil.disk_usage(partial).free
     if needed - kept > free:
@@ -297,14 +286,6 @@ def _check_room(partial: Path, plan: ExportPlan) -> None:
             f"{partial.absolute().parent}: {free / 1e9:.1f} GB free, the bundle needs {(needed - kept) / 1e9:.1f} GB; "
             "choose another --out"
         )
-
-
-def _small_files_bytes(plan: ExportPlan) -> int:
-    """Estimate golden rows, graphs and manifests."""
-    spec = plan.layout.spec
-    n_held = spec.n_blocks * sum(map(len, plan.groups))
-    n_golden_rows = GOLDEN_ROWS * (n_held + spec.n_blocks * len(plan.groups))
-    return n_golden_rows * spec.d_model * 4 + (n_held + 2 * spec.n_blocks) * 4096 + 1_000_000
 
 
 def _replace(out: Path, partial: Path) -> None:

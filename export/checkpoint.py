@@ -113,6 +113,20 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: names the file and the remedy.
     """
+    config = read_config(folder)
+    shards = _shard_paths(folder)
+    where: dict[str, tuple[Path, TensorSpan]] = {}
+    for shard in shards:
+        where.update((name, (shard, span)) for name, span in _spans(shard).items())
+    return Checkpoint(folder, config, shards, where)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json of a checkpoint; its weights need not be there.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of a quantised model.
+    """
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: not a folder; expected a Hugging Face checkpoint (config.json, *.safetensors)"
@@ -126,11 +140,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder / 'config.json'}: the checkpoint is quantised ({kind}); "
             "give the original one with float weights, wdmoe-export quantises by itself"
         )
-    shards = _shard_paths(folder)
-    where: dict[str, tuple[Path, TensorSpan]] = {}
-    for shard in shards:
-        where.update((name, (shard, span)) for name, span in _spans(shard).items())
-    return Checkpoint(folder, config, shards, where)
+    return config
 
 
 def read_pieces(path: Path, span: TensorSpan) -> Iterator[npt.NDArray[Any]]:
