@@ -62,7 +62,7 @@ def balanced(counts: Counts, speeds: Sequence[float], most_held: int | None) -> 
         # What later blocks need is kept free: no device takes more of this block than its even share of what is left.
         blocks_left = len(counts) - number
         room = [-(-here // blocks_left) for here in left]
-        where = _place_block(row, speeds, room)
+        where = _place_block(row, speeds, room, left)
         for device in where:
             left[device] -= 1
         rows.append(tuple((device,) for device in where))
@@ -118,14 +118,21 @@ def expected_times(placement: Placement, counts: Counts, speeds: Sequence[float]
     return times
 
 
-def _place_block(counts: Sequence[float], speeds: Sequence[float], room: list[int]) -> list[int]:
-    """Return the device of each expert of one block."""
+def _place_block(counts: Sequence[float], speeds: Sequence[float], room: list[int], left: list[int]) -> list[int]:
+    """Return the device of each expert of one block; of equals, the one with more left takes it.
+
+    Args:
+        counts: of the experts.
+        speeds: of the devices.
+        room: experts of this block that a device may take.
+        left: experts of this and later blocks that it may take.
+    """
     devices = range(len(speeds))
     loads, room = [0.0] * len(speeds), list(room)
     where = [-1] * len(counts)
     for expert in sorted(range(len(counts)), key=lambda e: (-counts[e], e)):
         free = [d for d in devices if room[d] > 0]
-        best = min(free, key=lambda d: ((loads[d] + counts[expert]) / speeds[d], d))
+        best = min(free, key=lambda d: ((loads[d] + counts[expert]) / speeds[d], -left[d], d))
         where[expert] = best
         loads[best] += counts[expert]
         room[best] -= 1

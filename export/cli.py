@@ -164,7 +164,7 @@ def _dry_run(model: str, config: ExportConfig, options: PlacementOptions) -> Dry
     from wdmoe.export.planning import dry_run
     from wdmoe.export.published import layout_from_config
 
-    layout, natural, origin = layout_from_config(model)
+    layout, natural, origin = layout_from_config(model, report=lambda text: click.echo(text, err=True))
     precision = natural if config.precision == "auto" else config.precision
     spec = layout.spec
     with _usage_errors():

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from wdmoe.export.bundle import check_family
 from wdmoe.export.checkpoint import read_config
 from wdmoe.export.families import FAMILIES, Config, ModelLayout
-from wdmoe.export.models import ALIASES
+from wdmoe.export.models import ALIASES, SMALL_MODEL, find_checkpoint
 from wdmoe.runtime.errors import CheckpointError
 from wdmoe.runtime.manifest import Precision
 
 PUBLISHED = Path(__file__).with_name("data") / "published_configs.json"
 
 
-def layout_from_config(model: str) -> tuple[ModelLayout, Precision, str]:
+def layout_from_config(
+    model: str, report: Callable[[str], None] = lambda _: None
+) -> tuple[ModelLayout, Precision, str]:
     """Describe a model without its weights.
 
     Args:
         model: a folder with a config.json, an alias, or a hub id whose config the package knows.
+        report: told when the small model is being made, the only one that has to be.
 
     Returns:
         The layout, the precision that `auto` would take, and where the config is from.
@@ -29,9 +32,10 @@ def layout_from_config(model: str) -> tuple[ModelLayout, Precision, str]:
     Raises:
         CheckpointError: there is no config, or the family is unknown.
     """
-    folder = Path(model).expanduser()
+    folder = find_checkpoint(model, report)[0] if model == SMALL_MODEL else Path(model).expanduser()
     if folder.is_dir():
-        config, name, origin = read_config(folder), folder.resolve().name, str(folder / "config.json")
+        config, origin = read_config(folder), str(folder / "config.json")
+        name = model if model == SMALL_MODEL else folder.resolve().name
     else:
         name = ALIASES.get(model, model)
         known = json.loads(PUBLISHED.read_text(encoding="utf-8"))["models"]

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 from wdmoe.export.families import ModelLayout
 from wdmoe.export.placement import Placement, device_count, held_by
-from wdmoe.export.slicing import GOLDEN_ROWS
+from wdmoe.export.slicing import DTYPES, GOLDEN_ROWS
 from wdmoe.export.station import weight_files
 from wdmoe.export.weights import Part, all_expert_parts, expert_parts, station_parts
 from wdmoe.runtime.manifest import ModelSpec, Precision
 from wdmoe.runtime.tensor_file import encode_header, total_bytes
 
-DTYPES: dict[Precision, str] = {"fp32": "F32", "fp16": "F16"}
 ITEM_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2}
 HEADROOM = 0.2  # of the memory, for the system and all else
 CONTEXT_TOKENS = 4096  # for which keys and values are counted, if the model takes as many
@@ -117,7 +116,7 @@ def advice(layout: ModelLayout, precision: Precision, memory_bytes: int) -> str:
         n_devices = -(-spec.n_blocks * spec.n_experts // held)
         return f"use --precision {smallest} --placement balanced --devices {n_devices}: {held} experts fit on each"
     needed = device_memory(spec, spec.n_blocks, smallest) / (1 - HEADROOM)
-    return f"one expert of every block needs devices of {needed / 1e9:.1f} GB in {smallest}"
+    return f"devices that hold one expert of each block in {smallest} need {needed / 1e9:.1f} GB"
 
 
 def _overhead(spec: ModelSpec, n_held: int) -> int:

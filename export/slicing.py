@@ -30,7 +30,7 @@ OnBytes = Callable[[int], None]
 
 GOLDEN_ROWS = 4
 _GOLDEN_SEED = 20240722
-_DTYPES: dict[Precision, str] = {"fp32": "F32", "fp16": "F16"}
+DTYPES: dict[Precision, str] = {"fp32": "F32", "fp16": "F16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class ExpertStore:
         if found := self._find(block, expert, parts, rows):
             on_bytes(sum(self._checkpoint.span(name).size_bytes for part in parts for name, _ in part.sources))
             return found
-        dtype, losses = _DTYPES[self._precision], Losses()
+        dtype, losses = DTYPES[self._precision], Losses()
         temporary = self._folder / f"block_{block:02d}_expert_{expert:02d}"
         with TensorWriter(temporary, {part.name: (dtype, part.shape) for part in parts}) as writer:
 

@@ -44,6 +44,12 @@ def test_no_device_holds_more_than_its_memory() -> None:
         balanced(counts, (10.0, 1.0, 1.0), 15)
 
 
+def test_more_devices_than_experts_of_a_block_take_turns() -> None:
+    placement = balanced(((1.0,) * 8,) * 32, (1.0,) * 17, None)
+    sizes = [len(held_by(placement, device)) for device in range(17)]
+    assert (min(sizes), max(sizes)) == (15, 16)
+
+
 def test_a_device_that_would_hold_nothing_is_told() -> None:
     with pytest.raises(ValueError, match="device 1 is so slow that it would hold no expert"):
         balanced(((1.0,) * 4,), (1.0, 1e-6), None)

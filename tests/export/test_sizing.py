@@ -68,7 +68,7 @@ def test_a_device_too_small_is_named_with_what_to_change() -> None:
         "use --experts-per-device 1 (8 devices) or --precision fp16 --experts-per-device 2 (4 devices)"
     )
     assert "--placement balanced --devices" in str(_plan("mixtral", 1, 8 * 10**9).advice)
-    assert "needs devices of" in str(_plan("mixtral", 1, 5 * 10**8).advice)
+    assert "one expert of each block in fp16 need" in str(_plan("mixtral", 1, 5 * 10**8).advice)
 
 
 def test_what_is_advised_fits() -> None:
