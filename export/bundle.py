@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import math
+import os
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from wdmoe.export.checkpoint import Checkpoint, open_checkpoint
-from wdmoe.export.device_folder import GOLDEN_NAME, write_device
+from wdmoe.export.conversion import Losses
+from wdmoe.export.device_folder import Frame, can_link, write_device
 from wdmoe.export.families import FAMILIES, Config, ModelLayout
-from wdmoe.export.placement import Placement, placement_of, split_over_devices, split_per_device
-from wdmoe.export.slicing import ExpertFile, ExpertStore, FloatArray, golden_rows
-from wdmoe.export.station import write_station
+from wdmoe.export.journal import JOURNAL_NAME, Journal
+from wdmoe.export.parallel import OnBytes, default_workers, run_all
+from wdmoe.export.placement import Placement, PlacementOptions, device_count, held_by
+from wdmoe.export.sizing import expert_file_bytes, most_held, sizes_of
+from wdmoe.export.slicing import ExpertFile, ExpertStore, golden_rows
+from wdmoe.export.station import StationWeights, put_weights, weight_files, write_station
 from wdmoe.export.weights import Part, all_expert_parts, check_tensors, station_parts
 from wdmoe.runtime.errors import BundleError, CheckpointError
 from wdmoe.runtime.manifest import (
@@ -24,15 +28,13 @@ from wdmoe.runtime.manifest import (
     VERSION,
     BsManifest,
     DeviceManifest,
+    ModelSpec,
     Precision,
     Source,
     bundle_id,
     read_manifest,
     write_manifest,
 )
-
-OnBytes = Callable[[int], None]
-_DEFAULT_PER_DEVICE = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +46,23 @@ class ExportConfig:
     devices: int | None = None
     precision: Literal["auto", "fp32", "fp16"] = "auto"
     force: bool = False  # replace a bundle that is already there
+    clamp: bool = False  # turn values that float16 cannot hold into its largest instead of stopping
+    workers: int = field(default_factory=default_workers)  # threads
+    placement: PlacementOptions | None = None  # in place of the two numbers above
+    device_memory_bytes: int | None = None  # heeded by a balanced placement and by replicas
 
     def __post_init__(self) -> None:
-        if self.experts_per_device is not None and self.devices is not None:
-            raise ValueError("give either experts per device or the number of devices, not both")
+        self.placing()  # raises ValueError
 
-    def split(self, n_experts: int) -> tuple[range, ...]:
-        """Deal out the experts of a block: device -> their numbers."""
-        if self.devices is not None:
-            return split_over_devices(n_experts, self.devices)
-        if self.experts_per_device is not None:
-            return split_per_device(n_experts, self.experts_per_device)
-        return split_per_device(n_experts, min(_DEFAULT_PER_DEVICE, n_experts))
+    def placing(self) -> PlacementOptions:
+        """What was asked for as to placement."""
+        return self.placement or PlacementOptions(self.experts_per_device, self.devices)
+
+    def place(self, spec: ModelSpec, precision: Precision) -> Placement:
+        """Place the experts of a model; see `PlacementOptions.place`."""
+        memory = self.device_memory_bytes
+        limit = None if memory is None else most_held(spec, precision, memory)
+        return self.placing().place(spec.n_blocks, spec.n_experts, limit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +72,13 @@ class ExportPlan:
     checkpoint: Checkpoint
     layout: ModelLayout
     precision: Precision
-    groups: tuple[range, ...]  # device -> numbers of its experts
+    placement: Placement
 
     @property
     def total_bytes(self) -> int:
         """Bytes of the checkpoint that will be read."""
         parts = (*station_parts(self.layout), *all_expert_parts(self.layout))
         return sum(self.checkpoint.span(name).size_bytes for part in parts for name, _ in part.sources)
-
-    @property
-    def placement(self) -> Placement:
-        """Devices of each expert."""
-        return placement_of(self.groups, self.layout.spec.n_blocks)
 
     @property
     def source(self) -> Source:
@@ -91,6 +93,7 @@ class ExportResult:
     out: Path
     bundle_id: str
     already_there: bool
+    losses: Losses = field(default_factory=Losses)  # of the experts
 
 
 def plan_export(folder: Path, name: str, config: ExportConfig) -> ExportPlan:
@@ -114,7 +117,7 @@ def plan_export(folder: Path, name: str, config: ExportConfig) -> ExportPlan:
         precision = "fp32" if dtypes <= {"F32", "F64"} else "fp16"
     else:
         precision = config.precision
-    return ExportPlan(checkpoint, layout, precision, config.split(layout.spec.n_experts))
+    return ExportPlan(checkpoint, layout, precision, config.place(layout.spec, precision))
 
 
 def layout_of(checkpoint: Checkpoint, name: str) -> ModelLayout:
@@ -152,61 +155,81 @@ def export_bundle(plan: ExportPlan, config: ExportConfig, on_bytes: OnBytes = la
     if _is_taken(out) and not config.force:
         present = read_manifest(out / "bs", BsManifest)
         if (difference := _difference(out, present, plan)) is None:
+            (out / JOURNAL_NAME).unlink(missing_ok=True)  # of an export killed at its very end
             return ExportResult(out, present.bundle_id, already_there=True)
         raise BundleError(
             f"{out}: already holds a bundle with {difference}; choose another --out, or --force replaces it"
         )
 
     partial = out.with_name(out.name + ".partial")
-    _check_room(partial, plan)
-    with ExpertStore(partial / "experts", plan.checkpoint, plan.precision) as store:
-        for stale in partial.iterdir():
-            if stale.name != "experts":
-                shutil.rmtree(stale)
-        made = _write(partial, store, plan, on_bytes)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)
+    with Journal(partial) as journal:
+        _clear(partial, plan)
+        _check_room(partial, plan)
+        made, losses = _write(partial, journal, plan, config, on_bytes)
         _replace(out, partial)
-    return ExportResult(out, made, already_there=False)
+        # Last, so that an export killed anywhere before finds all that it had finished.
+        (out / JOURNAL_NAME).unlink()
+    return ExportResult(out, made, already_there=False, losses=losses)
 
 
-def _write(partial: Path, store: ExpertStore, plan: ExportPlan, on_bytes: OnBytes) -> str:
-    spec = plan.layout.spec
-    experts: list[list[ExpertFile]] = []
-    golden: list[FloatArray] = []
-    for block in range(spec.n_blocks):
-        rows = golden_rows(plan.checkpoint, plan.layout.block(block).post_norm, spec.d_model, block)
-        golden.append(rows)
-        experts.append([
-            store.put(block, number, plan.layout.expert(block, number), rows, spec.d_ff, on_bytes)
-            for number in range(spec.n_experts)
-        ])  # fmt: skip
+def _clear(partial: Path, plan: ExportPlan) -> None:
+    """Remove what an interrupted export left, but for experts and weights, which the journal may know."""
+    kept = {partial / JOURNAL_NAME, partial / "experts", partial / "bs"}
+    for stale in set(partial.iterdir()) - kept:
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    names = weight_files(plan.layout)
+    for stale in (partial / "bs").glob("*"):
+        if stale.name not in names:
+            stale.unlink()
+
+
+def _write(
+    partial: Path, journal: Journal, plan: ExportPlan, config: ExportConfig, on_bytes: OnBytes
+) -> tuple[str, Losses]:
+    spec, bs_folder = plan.layout.spec, partial / "bs"
+    bs_folder.mkdir(exist_ok=True)
+    store = ExpertStore(partial / "experts", journal, plan.checkpoint, plan.precision, config.clamp)
+    golden = [
+        golden_rows(plan.checkpoint, plan.layout.block(block).post_norm, spec.d_model, block)
+        for block in range(spec.n_blocks)
+    ]
+
+    def expert_job(block: int, number: int) -> Callable[[OnBytes], ExpertFile]:
+        names = plan.layout.expert(block, number)
+        return lambda count: store.put(block, number, names, golden[block], spec.d_ff, count)
+
+    def weights_job(name: str, parts: tuple[Part, ...]) -> Callable[[OnBytes], StationWeights]:
+        return lambda count: put_weights(bs_folder / name, parts, plan.checkpoint, journal, count)
+
+    files = weight_files(plan.layout)
+    jobs: list[Callable[[OnBytes], ExpertFile | StationWeights]] = []
+    jobs += [expert_job(block, number) for block in range(spec.n_blocks) for number in range(spec.n_experts)]
+    jobs += [weights_job(name, parts) for name, parts in files.items()]
+    made = run_all(jobs, config.workers, on_bytes)
+    flat = [file for file in made if isinstance(file, ExpertFile)]
+    experts = [flat[start : start + spec.n_experts] for start in range(0, len(flat), spec.n_experts)]
+    weights = [file for file in made if isinstance(file, StationWeights)]
+    station = write_station(bs_folder, plan.checkpoint, plan.layout, dict(zip(files, weights, strict=True)))
+    store.seal(frozenset(expert.name for expert in flat))
+
     hashes = tuple(tuple(expert.entry.sha256 for expert in row) for row in experts)
-
-    bs_folder = partial / "bs"
-    bs_folder.mkdir()
-    station = write_station(bs_folder, plan.checkpoint, plan.layout, on_bytes)
     name = bundle_id(spec, plan.precision, hashes, station.model_hashes)
-
-    manifests: list[tuple[Path, BsManifest | DeviceManifest]] = []
-    for device, numbers in enumerate(plan.groups):
-        folder = partial / f"device-{device}"
-        folder.mkdir()
-        written = write_device(
-            folder, partial / "experts", device, numbers, experts, golden, spec, plan.precision, name
-        )
-        manifests.append((folder, DeviceManifest(
-            format=FORMAT, version=VERSION, bundle_id=name, model=spec, source=plan.source, precision=plan.precision,
-            device=device, experts=written.experts, golden=GOLDEN_NAME, files=written.files,
-        )))  # fmt: skip
-    manifests.append((bs_folder, BsManifest(
+    frame = Frame(spec, plan.source, plan.precision, name)
+    for device in range(device_count(plan.placement)):
+        held = held_by(plan.placement, device)
+        write_device(partial / f"device-{device}", partial / "experts", device, held, experts, golden, frame)
+    write_manifest(bs_folder, BsManifest(
         format=FORMAT, version=VERSION, bundle_id=name, model=spec, source=plan.source, precision=plan.precision,
         experts=hashes, placement=plan.placement, stages=tuple(station.stages), head=station.head,
         tokenizer=station.tokenizer, chat_template=station.chat_template, files=station.files,
         shared=tuple(station.shared),
-    )))  # fmt: skip
-    store.seal(frozenset(expert.name for row in experts for expert in row))
-    for folder, manifest in manifests:
-        write_manifest(folder, manifest)
-    return name
+    ))  # fmt: skip
+    losses = Losses()
+    for expert in flat:
+        losses.add(expert.losses)
+    return name, losses
 
 
 def _is_taken(out: Path) -> bool:
@@ -230,10 +253,10 @@ def _difference(out: Path, present: BsManifest, plan: ExportPlan) -> str | None:
         "precision": plan.precision,
         "placement": plan.placement,
     }
-    for field, value in planned.items():
-        if getattr(present, field) != value:
-            return f"another {field}"
-    for device in range(len(plan.groups)):
+    for name, value in planned.items():
+        if getattr(present, name) != value:
+            return f"another {name}"
+    for device in range(device_count(plan.placement)):
         folder = out / f"device-{device}"
         manifest = read_manifest(folder, DeviceManifest)
         sizes = {folder / name: entry.size_bytes for name, entry in manifest.files.items()}
@@ -246,19 +269,22 @@ def _difference(out: Path, present: BsManifest, plan: ExportPlan) -> str | None:
 
 def _check_room(partial: Path, plan: ExportPlan) -> None:
     """Refuse to begin what cannot be finished."""
-
-    def elements(parts: Iterable[Part]) -> int:
-        return sum(math.prod(part.shape) for part in parts)
-
-    itemsize = 4 if plan.precision == "fp32" else 2
-    needed = elements(all_expert_parts(plan.layout)) * itemsize + elements(station_parts(plan.layout)) * 4
-    kept = sum(path.stat().st_size for path in (partial / "experts").glob("*") if path.is_file())
-    parent = partial.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(parent).free
+    sizes = sizes_of(plan.layout, plan.placement)
+    needed = sizes.bundle_bytes(plan.precision)
+    spec = plan.layout.spec
+    expert_bytes = expert_file_bytes(plan.layout, plan.precision)
+    if can_link(partial):  # one copy of each expert, whoever holds it
+        needed += expert_bytes * (
+            spec.n_blocks * spec.n_experts - sum(d.experts for d in sizes.devices[plan.precision])
+        )
+    else:
+        needed += expert_bytes * spec.n_blocks * spec.n_experts
+    kept = sum(path.stat().st_size for name in ("experts", "bs") for path in (partial / name).glob("*.safetensors"))
+    free = shutil.disk_usage(partial).free
     if needed - kept > free:
         raise BundleError(
-            f"{parent}: {free / 1e9:.1f} GB free, the bundle needs {(needed - kept) / 1e9:.1f} GB; choose another --out"
+            f"{partial.absolute().parent}: {free / 1e9:.1f} GB free, the bundle needs {(needed - kept) / 1e9:.1f} GB; "
+            "choose another --out"
         )
 
 
@@ -269,6 +295,23 @@ def _replace(out: Path, partial: Path) -> None:
         if old.exists():
             shutil.rmtree(old)
         out.rename(old)
+    for folder in (*partial.iterdir(), partial):
+        if folder.is_dir():
+            _bring_to_disk(folder)
     partial.rename(out)
+    _bring_to_disk(out.absolute().parent)
     if old.exists():
         shutil.rmtree(old)
+
+
+def _bring_to_disk(folder: Path) -> None:
+    """Make the names in a folder survive a power cut.
+
+    NOTE: weights were brought to the disk one by one. Graphs and the other small files were not: what a power cut
+    does to them is seen by their hash in the manifest, and they are quickly made again.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.export.conversion import FLOAT_DTYPES
+from wdmoe.export.tensor_writer import forget
 from wdmoe.runtime.errors import BundleError, CheckpointError
 from wdmoe.runtime.tensor_file import TensorSpan, map_tensor, read_spans
 
@@ -24,6 +25,8 @@ _SAMPLE_BYTES = 4096
 # Small enough to stay in the cache from reading over conversion to hashing. Counted in elements, so that a product
 # with the pieces comes out the same, to the last bit, in whatever precision they are stored.
 _PIECE_ELEMENTS = 1 << 18
+# Bytes read, after which the kernel may drop them: a checkpoint larger than memory pushes nothing else out of it.
+_WINDOW_BYTES = 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,20 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         CheckpointError: names the file and the remedy.
     """
+    config = read_config(folder)
+    shards = _shard_paths(folder)
+    where: dict[str, tuple[Path, TensorSpan]] = {}
+    for shard in shards:
+        where.update((name, (shard, span)) for name, span in _spans(shard).items())
+    return Checkpoint(folder, config, shards, where)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json of a checkpoint; its weights need not be there.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of a quantised model.
+    """
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder}: not a folder; expected a Hugging Face checkpoint (config.json, *.safetensors)"
@@ -153,11 +170,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder / 'config.json'}: the checkpoint is quantised ({kind}); "
             "give the original one with float weights, wdmoe-export quantises by itself"
         )
-    shards = _shard_paths(folder)
-    where: dict[str, tuple[Path, TensorSpan]] = {}
-    for shard in shards:
-        where.update((name, (shard, span)) for name, span in _spans(shard).items())
-    return Checkpoint(folder, config, shards, where)
+    return config
 
 
 def read_pieces(path: Path, span: TensorSpan) -> Iterator[npt.NDArray[Any]]:
@@ -167,13 +180,15 @@ def read_pieces(path: Path, span: TensorSpan) -> Iterator[npt.NDArray[Any]]:
     rows_left = span.shape[0]
     at_once = max(1, _PIECE_ELEMENTS // max(1, int(np.prod(row_shape, dtype=np.int64))))
     with path.open("rb") as file:
-        file.seek(span.offset_bytes)
+        behind_bytes = file.seek(span.offset_bytes)
         while rows_left:
             piece = np.empty((min(at_once, rows_left), *row_shape), dtype)
             if file.readinto(piece.reshape(-1).view(np.uint8).data) != piece.nbytes:
                 raise CheckpointError(f"{path}: became shorter while it was read")
             yield piece
             rows_left -= len(piece)
+            if file.tell() - behind_bytes >= _WINDOW_BYTES:
+                behind_bytes = forget(file.fileno(), behind_bytes, file.tell())
 
 
 def _offset(span: TensorSpan) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,15 +15,66 @@ import click
 from wdmoe.runtime.errors import WdmoeError
 
 if TYPE_CHECKING:
-    from wdmoe.export.bundle import ExportConfig
+    from wdmoe.export.bundle import ExportConfig, ExportPlan
+    from wdmoe.export.placement import PlacementOptions
+    from wdmoe.export.planning import DryRun
 
 _INTERRUPTED = 130
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _EPILOG = """\b
 Examples:
   wdmoe-export --model smollm2-moe
   wdmoe-export --model ~/Mixtral-8x7B-v0.1 --experts-per-device 2 --out bundle
+  wdmoe-export --model mixtral --experts-per-device 2 --dry-run --device-memory 32GB
   wdmoe-export inspect bundle
 """
+
+
+def read_size(text: str) -> int:
+    """Read a size such as 16GB, in bytes."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    if found is None or found[2].upper() not in _UNITS or not float(found[1]):
+        raise click.BadParameter(f"{text!r} is not a size; expected one like 16GB or 512MiB")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def read_numbers(text: str) -> tuple[float, ...]:
+    """Read numbers that are separated by commas."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a list of numbers like 1,1,0.5") from None
+
+
+def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that say which device holds what."""
+    options = [
+        click.option(
+            "--experts-per-device", type=click.IntRange(min=1), metavar="N", show_default="2",
+            help="Experts of each block on one device; the last device takes the remainder.",
+        ),
+        click.option(
+            "--devices", type=click.IntRange(min=1), metavar="N",
+            help="Number of devices instead; each takes the same number of experts, the last one the rest as well.",
+        ),
+        click.option(
+            "--placement", metavar="FILE|balanced",
+            help="A placement as JSON or TOML; or balanced: level expected load over speed.",
+        ),
+        click.option(
+            "--counts", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
+            help="How often each expert is chosen, JSON [block][expert], for balanced and for --replicas.",
+        ),
+        click.option("--speeds", type=read_numbers, metavar="A,B,...", help="Speed of each device, in any unit."),
+        click.option(
+            "--replicas", type=click.IntRange(min=0), default=0, metavar="N", show_default=True,
+            help="Give the N most used experts of each block a second device, where --device-memory allows.",
+        ),
+        click.option("--device-memory", type=read_size, metavar="SIZE", help="Memory of a device, such as 16GB."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
 
 
 @click.group(invoke_without_command=True, epilog=_EPILOG)
@@ -29,14 +82,7 @@ Examples:
     "--model", metavar="MODEL",
     help="Checkpoint folder (Hugging Face, safetensors), alias (smollm2-moe, mixtral, qwen2-moe, ...) or hub id.",
 )  # fmt: skip
-@click.option(
-    "--experts-per-device", type=click.IntRange(min=1), metavar="N", show_default="2",
-    help="Experts of each block on one device; the last device takes the remainder.",
-)  # fmt: skip
-@click.option(
-    "--devices", type=click.IntRange(min=1), metavar="N",
-    help="Number of devices instead; each takes the same number of experts, the last one the rest as well.",
-)  # fmt: skip
+@placement_options
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("bundle"), show_default=True,
     help="Folder of the bundle.",
@@ -45,18 +91,28 @@ Examples:
     "--precision", type=click.Choice(["auto", "fp32", "fp16"]), default="auto", show_default=True,
     help="Of the experts; auto: fp32 for a float32 checkpoint, else fp16.",
 )  # fmt: skip
+@click.option(
+    "--clamp", is_flag=True,
+    help="Turn weights that fp16 cannot hold into its largest value, and count them, instead of stopping.",
+)  # fmt: skip
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan and its sizes; needs no weights, only the model's config.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Replace a bundle that is already there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def main(
     context: click.Context,
+    /,
     model: str | None,
-    experts_per_device: int | None,
-    devices: int | None,
     out: Path,
     precision: Literal["auto", "fp32", "fp16"],
+    clamp: bool,
+    dry_run: bool,
     force: bool,
     as_json: bool,
+    device_memory: int | None,
+    **placing: Any,
 ) -> None:
     """Cut a Mixture-of-Experts checkpoint into a folder for the base station and one for each device.
 
@@ -69,15 +125,82 @@ def main(
         return
     if model is None:
         raise click.UsageError("Missing option '--model'.")
-    if experts_per_device is not None and devices is not None:
-        raise click.UsageError("Give either --experts-per-device or --devices, not both.")
+    options = _placement_options(**placing)
     from wdmoe.export.bundle import ExportConfig
 
+    config = ExportConfig(
+        out, precision=precision, force=force, clamp=clamp, placement=options, device_memory_bytes=device_memory
+    )
     with _plain_errors(f"interrupted; the same command goes on from {out}.partial"):
-        _export(model, ExportConfig(out, experts_per_device, devices, precision, force), as_json)
+        if dry_run:
+            _show_plan(_dry_run(model, config, options), as_json)
+        else:
+            _export(model, config, options, as_json)
 
 
-def _export(model: str, config: ExportConfig, as_json: bool) -> None:
+def _placement_options(
+    experts_per_device: int | None,
+    devices: int | None,
+    placement: str | None,
+    counts: Path | None,
+    speeds: tuple[float, ...] | None,
+    replicas: int,
+) -> PlacementOptions:
+    from wdmoe.export.placement import PlacementOptions
+
+    if experts_per_device is not None and devices is not None:
+        raise click.UsageError("Give either --experts-per-device or --devices, not both.")
+    file = Path(placement) if placement is not None and placement != "balanced" else None
+    try:
+        return PlacementOptions(
+            experts_per_device, devices, file, placement == "balanced", counts, speeds or (), replicas
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _dry_run(model: str, config: ExportConfig, options: PlacementOptions) -> DryRun:
+    from wdmoe.export.balance import read_counts
+    from wdmoe.export.planning import dry_run
+    from wdmoe.export.published import layout_from_config
+
+    layout, natural, origin = layout_from_config(model, report=lambda text: click.echo(text, err=True))
+    precision = natural if config.precision == "auto" else config.precision
+    spec = layout.spec
+    with _usage_errors():
+        placement = config.place(spec, precision)
+    counts = read_counts(options.counts, spec.n_blocks, spec.n_experts)
+    return dry_run(layout, origin, precision, placement, counts, options.speeds, config.device_memory_bytes)
+
+
+def _show_plan_of_export(plan: ExportPlan, config: ExportConfig, options: PlacementOptions) -> None:
+    """Show the plan on stderr where the user has a say in it."""
+    from rich.console import Console
+
+    from wdmoe.export.balance import read_counts
+    from wdmoe.export.planning import dry_run, plan_table
+
+    said = options.file or options.balance or options.replicas or config.device_memory_bytes
+    if said:
+        spec = plan.layout.spec
+        counts = read_counts(options.counts, spec.n_blocks, spec.n_experts)
+        origin, memory = str(plan.checkpoint.folder), config.device_memory_bytes
+        shown = dry_run(plan.layout, origin, plan.precision, plan.placement, counts, options.speeds, memory)
+        Console(stderr=True).print(plan_table(shown))
+
+
+def _show_plan(plan: DryRun, as_json: bool) -> None:
+    from rich.console import Console
+
+    from wdmoe.export.planning import plan_table
+
+    if as_json:
+        click.echo(json.dumps(plan.as_json()))
+    else:
+        Console().print(plan_table(plan))
+
+
+def _export(model: str, config: ExportConfig, options: PlacementOptions, as_json: bool) -> None:
     from rich.console import Console
 
     from wdmoe.export.bundle import export_bundle, plan_export
@@ -85,18 +208,58 @@ def _export(model: str, config: ExportConfig, as_json: bool) -> None:
     from wdmoe.export.models import find_checkpoint
 
     folder, name = find_checkpoint(model, report=lambda text: click.echo(text, err=True))
-    try:
+    with _usage_errors():
         plan = plan_export(folder, name, config)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
+    _show_plan_of_export(plan, config, options)
     with _progress("exporting", plan.total_bytes) as on_bytes:
         result = export_bundle(plan, config, on_bytes)
     bundle = read_bundle(result.out)
     if as_json:
-        click.echo(json.dumps({"out": str(result.out), "already_there": result.already_there, **bundle.as_json()}))
+        made = {"out": str(result.out), "already_there": result.already_there, "losses": asdict(result.losses)}
+        click.echo(json.dumps(made | bundle.as_json()))
         return
+    if result.losses.clamped or result.losses.to_zero:
+        click.echo(
+            f"fp16: {result.losses.clamped} weights were clamped, {result.losses.to_zero} are too small and became 0",
+            err=True,
+        )
     Console().print(summary(bundle))
     click.echo(f"{result.out} is already there, nothing to do" if result.already_there else f"wrote {result.out}")
+
+
+@main.command(epilog="\b\nExample:\n  wdmoe-export place bundle --devices 2 --out bundle-of-two")
+@click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@placement_options
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the new bundle."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def place(bundle: Path, out: Path, as_json: bool, device_memory: int | None, **placing: Any) -> None:
+    """Make a bundle with another placement out of one that is there, by hard links: no second export.
+
+    The new bundle has the same id: its devices and base station work with those of the old one. Without a placement,
+    --replicas adds to the one that BUNDLE has.
+    """
+    from rich.console import Console
+
+    options = _placement_options(**placing)
+    with _plain_errors("interrupted"):
+        from wdmoe.export.inspection import summary
+        from wdmoe.export.replacing import place_again
+        from wdmoe.export.sizing import most_held
+        from wdmoe.runtime.manifest import BsManifest, read_manifest
+
+        manifest = read_manifest(bundle / "bs", BsManifest)
+        spec = manifest.model
+        limit = None if device_memory is None else most_held(spec, manifest.precision, device_memory)
+        with _usage_errors():
+            placement = options.place(spec.n_blocks, spec.n_experts, limit, manifest.placement)
+        made = place_again(bundle, out, placement)
+    if as_json:
+        click.echo(json.dumps({"out": str(out), **made.as_json()}))
+        return
+    Console().print(summary(made))
+    click.echo(f"wrote {out}")
 
 
 @main.command(epilog="\b\nExample:\n  wdmoe-export inspect bundle/device-0")
@@ -131,6 +294,15 @@ def _plain_errors(interrupted: str) -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo(interrupted, err=True)
         raise SystemExit(_INTERRUPTED) from None
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Tell of options that do not fit the model as click tells of others."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
 
 
 @contextmanager

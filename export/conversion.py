@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -9,12 +10,30 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.runtime.errors import CheckpointError
+from wdmoe.runtime.half import float16_from_float32
 
 Array = npt.NDArray[Any]
 
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names
+_FLOAT16_LARGEST = 65504.0
 _FLOAT16_LIMIT = 65520.0  # rounds to infinity; everything below fits
+_FLOAT16_VANISHING = 2.0**-25  # rounds to zero, as all below
 _BF16_LIMIT_BITS = 0x4780  # 65536.0, the smallest bfloat16 at or above the limit; infinity and NaN lie above it
+_BF16_INFINITE_BITS = 0x7F80
+_BF16_VANISHING_BITS = 0x3300  # 2^-25
+
+
+@dataclass(slots=True)
+class Losses:
+    """How many weights float16 did not hold."""
+
+    clamped: int = 0  # too large, now the largest float16
+    to_zero: int = 0  # too small, now zero
+
+    def add(self, other: Losses) -> None:
+        """Count those of another part too."""
+        self.clamped += other.clamped
+        self.to_zero += other.to_zero
 
 
 def to_float32(raw: Array, dtype: str) -> npt.NDArray[np.float32]:
@@ -25,38 +44,62 @@ def to_float32(raw: Array, dtype: str) -> npt.NDArray[np.float32]:
     return raw.astype(np.float32, copy=False)
 
 
-def to_float16(raw: Array, dtype: str, tensor: object) -> npt.NDArray[np.float16]:
+def to_float16(
+    raw: Array, dtype: str, tensor: object, losses: Losses | None = None, clamp: bool = False
+) -> npt.NDArray[np.float16]:
     """Convert weights to float16; what is below its smallest value becomes zero.
 
     Args:
         raw: the weights as stored.
         dtype: safetensors' name of their type.
         tensor: its name, or whatever names it, for the error.
+        losses: is told of what float16 does not hold.
+        clamp: whether a value that is too large becomes the largest float16; NaN never does.
 
     Raises:
         CheckpointError: a value does not fit into float16.
     """
-    if dtype == "F16":
-        return raw
-    if dtype == "BF16":
-        if raw.size and int((raw & np.uint16(0x7FFF)).max()) >= _BF16_LIMIT_BITS:
-            raise _too_large(tensor, to_float32(raw, dtype))
-        return np.take(_bf16_table(), raw)
-    if raw.size and not float(np.abs(raw).max()) < _FLOAT16_LIMIT:  # NaN compares false
-        raise _too_large(tensor, raw)
-    return raw.astype(np.float16)
+    if dtype == "F16" or not raw.size:
+        return raw.astype(np.float16, copy=False)
+    losses = losses if losses is not None else Losses()
+    return _from_bfloat16(raw, tensor, losses, clamp) if dtype == "BF16" else _from_wider(raw, tensor, losses, clamp)
+
+
+def _from_bfloat16(raw: Array, tensor: object, losses: Losses, clamp: bool) -> npt.NDArray[np.float16]:
+    size = raw & np.uint16(0x7FFF)
+    largest = int(size.max())
+    if largest >= _BF16_LIMIT_BITS:
+        if not clamp or largest > _BF16_INFINITE_BITS:
+            raise _too_large(tensor, to_float32(raw, "BF16"))
+        losses.clamped += int(np.count_nonzero(size >= np.uint16(_BF16_LIMIT_BITS)))
+    losses.to_zero += int(np.count_nonzero(size) - np.count_nonzero(size > np.uint16(_BF16_VANISHING_BITS)))
+    return np.take(_bf16_table(), raw)
+
+
+def _from_wider(raw: Array, tensor: object, losses: Losses, clamp: bool) -> npt.NDArray[np.float16]:
+    size = np.abs(raw)
+    if not float(size.max()) < _FLOAT16_LIMIT:  # NaN compares false
+        if not clamp or np.isnan(size).any():
+            raise _too_large(tensor, raw)
+        losses.clamped += int(np.count_nonzero(size >= _FLOAT16_LIMIT))
+        raw = np.clip(raw, -_FLOAT16_LARGEST, _FLOAT16_LARGEST)
+    losses.to_zero += int(np.count_nonzero(size) - np.count_nonzero(size > _FLOAT16_VANISHING))
+    return float16_from_float32(raw) if raw.dtype == np.float32 else raw.astype(np.float16)
 
 
 @cache
 def _bf16_table() -> npt.NDArray[np.float16]:
-    """float16 of every bfloat16, by its bits: a look-up is faster than two conversions."""
-    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-        return to_float32(np.arange(1 << 16, dtype=np.uint16), "BF16").astype(np.float16)
+    """float16 of every bfloat16, by its bits, infinity and what is near it clamped."""
+    with np.errstate(invalid="ignore", under="ignore"):
+        values = to_float32(np.arange(1 << 16, dtype=np.uint16), "BF16")
+        return np.clip(values, -_FLOAT16_LARGEST, _FLOAT16_LARGEST).astype(np.float16)
 
 
 def _too_large(tensor: object, values: Array) -> CheckpointError:
     size = np.abs(values.astype(np.float64))
     worst = float("nan") if np.isnan(size).any() else float(size.max())
+    remedy = "" if np.isnan(worst) else ", or clamp it with --clamp"
     return CheckpointError(
-        f"tensor {tensor}: the value {worst:g} does not fit into float16 (largest 65504); export with --precision fp32"
+        f"tensor {tensor}: the value {worst:g} does not fit into float16 (largest 65504); "
+        f"export with --precision fp32{remedy}"
     )

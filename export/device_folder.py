@@ -15,7 +15,18 @@ from wdmoe.export.graphs import expert_graph
 from wdmoe.export.slicing import ExpertFile
 from wdmoe.export.station import write_graph
 from wdmoe.export.weights import Weight
-from wdmoe.runtime.manifest import ExpertEntry, FileEntry, ModelSpec, Precision, sha256_of
+from wdmoe.runtime.manifest import (
+    FORMAT,
+    VERSION,
+    DeviceManifest,
+    ExpertEntry,
+    FileEntry,
+    ModelSpec,
+    Precision,
+    Source,
+    sha256_of,
+    write_manifest,
+)
 from wdmoe.runtime.tensor_file import write_tensors
 
 GOLDEN_NAME = "golden.safetensors"
@@ -32,7 +43,7 @@ BS_HOST is the base station, which runs `wdmoe-bs` with the folder `bs` of the s
 | what | value |
 | --- | --- |
 | model | {model} ({family}) |
-| experts | {experts} of {n_experts}, in each of {n_blocks} blocks |
+| experts | {experts} |
 | shape of an expert | {d_model} x {d_ff}, {precision} |
 | weights | {size_mb:.1f} MB |
 | bundle | {bundle_id} |
@@ -45,72 +56,75 @@ FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceFolder:
-    """What was written, for the manifest."""
+class Frame:
+    """What all folders of a bundle say alike."""
 
-    experts: tuple[ExpertEntry, ...]
-    files: dict[str, FileEntry]
+    model: ModelSpec
+    source: Source
+    precision: Precision
+    bundle_id: str
 
 
 def write_device(
     folder: Path,
     store: Path,
     device: int,
-    numbers: Sequence[int],
+    held: Sequence[tuple[int, int]],
     experts: Sequence[Sequence[ExpertFile]],
     golden_inputs: Sequence[FloatArray],
-    spec: ModelSpec,
-    precision: Precision,
-    bundle_id: str,
-) -> DeviceFolder:
-    """Write everything but the manifest into an empty folder.
+    frame: Frame,
+) -> None:
+    """Write a device's folder, its manifest last.
 
     Args:
-        folder: of the device.
+        folder: is made.
         store: where the expert files are.
         device: its number.
-        numbers: of the experts that it holds, in every block.
+        held: the experts that it holds, as (block, expert), in order.
         experts: [block][expert], all of the model.
         golden_inputs: [block], rows of the self-check.
-        spec: the model.
-        precision: of the experts.
-        bundle_id: for the README.
+        frame: of the bundle.
     """
+    folder.mkdir()
     entries: list[ExpertEntry] = []
     files: dict[str, FileEntry] = {}
     golden: dict[str, FloatArray] = {}
-    for block in range(spec.n_blocks):
+    for block, number in held:
         golden[f"input.block_{block:02d}"] = golden_inputs[block]
-        for number in numbers:
-            expert = experts[block][number]
-            graph_name = f"block_{block:02d}_expert_{number:02d}.onnx"
-            weights = {name: Weight(expert.name, span) for name, span in expert.spans.items()}
-            files[graph_name] = write_graph(folder / graph_name, expert_graph(spec.d_model, weights))
-            if expert.name not in files:  # two experts may be equal
-                _link(store / expert.name, folder / expert.name)
-                files[expert.name] = expert.entry
-            entries.append(ExpertEntry(block, number, weights=expert.name, graph=graph_name))
-            golden[f"output.block_{block:02d}.expert_{number:02d}"] = expert.outputs
+        expert = experts[block][number]
+        graph_name = f"block_{block:02d}_expert_{number:02d}.onnx"
+        weights = {name: Weight(expert.name, span) for name, span in expert.spans.items()}
+        files[graph_name] = write_graph(folder / graph_name, expert_graph(frame.model.d_model, weights))
+        if expert.name not in files:  # two experts may be equal
+            link(store / expert.name, folder / expert.name)
+            files[expert.name] = expert.entry
+        entries.append(ExpertEntry(block, number, weights=expert.name, graph=graph_name))
+        golden[f"output.block_{block:02d}.expert_{number:02d}"] = expert.outputs
     size_bytes = sum(entry.size_bytes for entry in files.values())
-    files |= _write_golden_and_readme(folder, golden, _readme(device, numbers, spec, precision, size_bytes, bundle_id))
-    return DeviceFolder(tuple(entries), files)
+    files |= _write_golden_and_readme(folder, golden, _readme(device, held, frame, size_bytes))
+    write_manifest(folder, DeviceManifest(
+        format=FORMAT, version=VERSION, bundle_id=frame.bundle_id, model=frame.model, source=frame.source,
+        precision=frame.precision, device=device, experts=tuple(entries), golden=GOLDEN_NAME, files=files,
+    ))  # fmt: skip
 
 
-def _readme(
-    device: int, numbers: Sequence[int], spec: ModelSpec, precision: Precision, size_bytes: int, bundle_id: str
-) -> str:
+def _readme(device: int, held: Sequence[tuple[int, int]], frame: Frame, size_bytes: int) -> str:
+    spec = frame.model
+    by_block = [[expert for of, expert in held if of == block] for block in range(spec.n_blocks)]
+    if all(row == by_block[0] for row in by_block):
+        experts = f"{', '.join(map(str, by_block[0]))} of {spec.n_experts}, in each of {spec.n_blocks} blocks"
+    else:
+        experts = f"{len(held)} of {spec.n_blocks} x {spec.n_experts}, listed in manifest.json"
     return _README.format(
         device=device,
         model=spec.name,
         family=spec.family,
-        experts=", ".join(map(str, numbers)),
-        n_experts=spec.n_experts,
-        n_blocks=spec.n_blocks,
+        experts=experts,
         d_model=spec.d_model,
         d_ff=spec.d_ff,
-        precision=precision,
+        precision=frame.precision,
         size_mb=size_bytes / 1e6,
-        bundle_id=bundle_id,
+        bundle_id=frame.bundle_id,
     )
 
 
@@ -121,9 +135,23 @@ def _write_golden_and_readme(folder: Path, golden: Mapping[str, FloatArray], rea
     return {path.name: FileEntry(sha256_of(path), path.stat().st_size) for path in paths}
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """Make a hard link, or a copy where the file system cannot."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def can_link(folder: Path) -> bool:
+    """Say whether the file system of a folder has hard links."""
+    first, second = folder / "link-test-a", folder / "link-test-b"
+    try:
+        first.touch()
+        os.link(first, second)
+    except OSError:
+        return False
+    finally:
+        first.unlink(missing_ok=True)
+        second.unlink(missing_ok=True)
+    return True

@@ -1,12 +1,99 @@
-"""Which device holds which experts: contiguous ranges, the same for every block.
+"""Which device holds which experts.
 
-The last device takes what is left over: with so many experts per device it may hold fewer, with so many devices
-it may hold more.
+By default contiguous ranges, the same for every block; the last device takes what is left over: with so many experts
+per device it may hold fewer, with so many devices it may hold more. Otherwise as a file says, or balanced by what was
+measured (`balance.py`).
 """
 
 from __future__ import annotations
 
-Placement = tuple[tuple[tuple[int, ...], ...], ...]  # [block][expert] -> devices
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wdmoe.export.balance import Placement, add_replicas, balanced, read_counts
+from wdmoe.runtime.errors import BundleError
+
+__all__ = [
+    "Placement",
+    "PlacementOptions",
+    "device_count",
+    "held_by",
+    "placement_of",
+    "read_placement",
+    "split_over_devices",
+    "split_per_device",
+]
+
+_DEFAULT_PER_DEVICE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementOptions:
+    """What the user says about it; at most one of the first four."""
+
+    experts_per_device: int | None = None  # None: 2, unless another is given
+    devices: int | None = None
+    file: Path | None = None
+    balance: bool = False  # level expected load over speed
+    counts: Path | None = None  # how often each expert was chosen; None: all equally often
+    speeds: tuple[float, ...] = ()  # of each device, in any unit; empty: all equal
+    replicas: int = 0  # of the most used experts of each block, a second device
+
+    def __post_init__(self) -> None:
+        if self.experts_per_device is not None and self.devices is not None:
+            raise ValueError("give either experts per device or the number of devices, not both")
+        if self.file is not None and (self.balance or self.experts_per_device or self.devices):
+            raise ValueError("a placement file says all; give no number of experts or devices beside it")
+        if (self.counts or self.speeds) and not (self.balance or self.replicas):
+            raise ValueError("counts and speeds are for a balanced placement or for replicas")
+
+    def place(
+        self, n_blocks: int, n_experts: int, most_held: int | None = None, current: Placement | None = None
+    ) -> Placement:
+        """Place the experts of a model.
+
+        Args:
+            n_blocks: of the model.
+            n_experts: of each block.
+            most_held: experts, of all blocks together, that fit on one device; None: any number. Only a balanced
+                placement and replicas heed it.
+            current: placement to begin with, where the options name none.
+
+        Raises:
+            ValueError: the options do not fit the model or each other.
+            BundleError: a file is damaged.
+        """
+        counts = read_counts(self.counts, n_blocks, n_experts)
+        if self.file is not None:
+            placement = read_placement(self.file, n_blocks, n_experts)
+        elif self.balance:
+            n_devices = self.devices or len(self.speeds) or len(self._groups(n_experts))
+            placement = balanced(counts, self._speeds(n_devices), most_held)
+        elif current is not None and self.experts_per_device is None and self.devices is None:
+            placement = current
+        else:
+            placement = placement_of(self._groups(n_experts), n_blocks)
+        if self.replicas:
+            placement = add_replicas(placement, counts, self._speeds(device_count(placement)), self.replicas, most_held)
+        return placement
+
+    def _groups(self, n_experts: int) -> tuple[range, ...]:
+        if self.devices is not None:
+            return split_over_devices(n_experts, self.devices)
+        if self.experts_per_device is not None:
+            return split_per_device(n_experts, self.experts_per_device)
+        return split_per_device(n_experts, min(_DEFAULT_PER_DEVICE, n_experts))
+
+    def _speeds(self, n_devices: int) -> tuple[float, ...]:
+        if self.speeds and len(self.speeds) != n_devices:
+            raise ValueError(f"{len(self.speeds)} speeds for {n_devices} devices")
+        if any(not speed > 0 for speed in self.speeds):
+            raise ValueError("a speed must be more than 0")
+        return self.speeds or (1.0,) * n_devices
 
 
 def split_per_device(n_experts: int, experts_per_device: int) -> tuple[range, ...]:
@@ -26,7 +113,78 @@ def split_over_devices(n_experts: int, n_devices: int) -> tuple[range, ...]:
     return tuple(range(each * k, end) for k, end in enumerate(ends))
 
 
-def placement_of(groups: tuple[range, ...], n_blocks: int) -> Placement:
-    """Tabulate the devices of each expert, the same in every block."""
-    block = tuple((device,) for device, experts in enumerate(groups) for _ in experts)
+def placement_of(groups: Sequence[Sequence[int]], n_blocks: int) -> Placement:
+    """Tabulate the devices of each expert, the same in every block.
+
+    Args:
+        groups: device -> its experts.
+        n_blocks: of the model.
+    """
+    n_experts = 1 + max(expert for group in groups for expert in group)
+    block = tuple(tuple(d for d, group in enumerate(groups) if expert in group) for expert in range(n_experts))
     return (block,) * n_blocks
+
+
+def device_count(placement: Placement) -> int:
+    """Return the number of devices of a placement."""
+    return 1 + max(device for row in placement for devices in row for device in devices)
+
+
+def held_by(placement: Placement, device: int) -> tuple[tuple[int, int], ...]:
+    """List the experts of a device as (block, expert), in order."""
+    return tuple((b, e) for b, row in enumerate(placement) for e, devices in enumerate(row) if device in devices)
+
+
+def read_placement(path: Path, n_blocks: int, n_experts: int) -> Placement:
+    """Read a placement, JSON or TOML.
+
+    It has one field: `placement`, [block][expert] -> devices, or `devices`, [device] -> its experts in every block.
+
+    Raises:
+        BundleError: it is damaged or does not fit the model; names the expert.
+    """
+    content = _read_table(path)
+    if set(content) == {"devices"} and _is_list_of_lists(groups := content["devices"]):
+        known = range(n_experts)
+        table = [[[d for d, group in enumerate(groups) if expert in group] for expert in known]] * n_blocks
+        if extra := [expert for group in groups for expert in group if expert not in known]:
+            raise BundleError(f"{path}: expert {extra[0]} is outside the model, whose blocks have {n_experts}")
+    elif set(content) == {"placement"} and all(map(_is_list_of_lists, content["placement"])):
+        table = content["placement"]
+    else:
+        raise BundleError(
+            f"{path}: expected one field, devices ([[0, 1], [2, 3], ...], the experts of each device) or "
+            "placement ([block][expert] -> devices)"
+        )
+    if len(table) != n_blocks or any(len(row) != n_experts for row in table):
+        raise BundleError(f"{path}: is not {n_blocks} blocks x {n_experts} experts")
+    used = {device for row in table for devices in row for device in devices}
+    for block, row in enumerate(table):
+        for expert, devices in enumerate(row):
+            if not devices or len(set(devices)) != len(devices):
+                raise BundleError(f"{path}: expert {expert} of block {block} has the devices {devices}")
+    if used != set(range(len(used))):
+        raise BundleError(f"{path}: devices are {sorted(used)}, expected 0, 1, ... without a gap, each with an expert")
+    return tuple(tuple(tuple(sorted(devices)) for devices in row) for row in table)
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            if sys.version_info < (3, 11):
+                raise BundleError(f"{path}: TOML needs Python 3.11; write the same as JSON")
+            import tomllib
+
+            content: object = tomllib.loads(text)
+        else:
+            content = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{path}: cannot be read ({error})") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _is_list_of_lists(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(row, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in row) for row in value
+    )

@@ -5,24 +5,23 @@ What each expert answers to a few fixed rows is computed from the same bytes on 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TextIO, final
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
 
 from wdmoe.export.checkpoint import Checkpoint, TensorName, read_pieces
-from wdmoe.export.conversion import to_float16, to_float32
+from wdmoe.export.conversion import Losses, to_float16, to_float32
 from wdmoe.export.families import ExpertNames
+from wdmoe.export.journal import Finished, Journal
 from wdmoe.export.tensor_writer import PARTIAL_SUFFIX, TensorWriter
 from wdmoe.export.weights import Part, expert_parts
 from wdmoe.runtime.errors import BundleError
+from wdmoe.runtime.half import float32_from_float16
 from wdmoe.runtime.manifest import FileEntry, Precision
 from wdmoe.runtime.tensor_file import TensorSpan, read_spans
 
@@ -31,8 +30,7 @@ OnBytes = Callable[[int], None]
 
 GOLDEN_ROWS = 4
 _GOLDEN_SEED = 20240722
-_DTYPES: dict[Precision, str] = {"fp32": "F32", "fp16": "F16"}
-_RECORD_NAME = "done.jsonl"
+DTYPES: dict[Precision, str] = {"fp32": "F32", "fp16": "F16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +40,7 @@ class ExpertFile:
     entry: FileEntry
     spans: dict[str, TensorSpan]
     outputs: FloatArray  # [GOLDEN_ROWS, d_model], its answers to the golden rows of its block
+    losses: Losses
 
     @property
     def name(self) -> str:
@@ -65,39 +64,25 @@ def golden_rows(checkpoint: Checkpoint, post_norm: str, d_model: int, block: int
 
 @final
 class ExpertStore:
-    """The folder of expert files of one export, and the record of those already finished.
+    """The folder of expert files of one export; threads share it."""
 
-    A finished expert is on the disk, under its final name, before the record says so. A file found again after an
-    interruption is used only if its content still has the hash recorded.
-    """
+    def __init__(
+        self, folder: Path, journal: Journal, checkpoint: Checkpoint, precision: Precision, clamp: bool = False
+    ) -> None:
+        """Open the folder; remove what an interrupted export left half written.
 
-    def __init__(self, folder: Path, checkpoint: Checkpoint, precision: Precision) -> None:
-        """Open the folder for this process alone; remove what an interrupted export left half written.
-
-        Raises:
-            BundleError: another process is writing there.
+        Args:
+            folder: is made if it is not there.
+            journal: of the experts already finished.
+            checkpoint: where the weights come from.
+            precision: in which they are written.
+            clamp: whether values that float16 cannot hold become its largest.
         """
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._checkpoint, self._precision = folder, checkpoint, precision
-        self._record: TextIO = (folder / _RECORD_NAME).open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._record, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._record.close()
-            raise BundleError(
-                f"{folder}: another wdmoe-export is writing there; wait for it or choose another --out"
-            ) from error
+        folder.mkdir(exist_ok=True)
+        self._folder, self._journal = folder, journal
+        self._checkpoint, self._precision, self._clamp = checkpoint, precision, clamp
         for stale in folder.glob(f"*{PARTIAL_SUFFIX}"):
             stale.unlink()
-        self._done = self._read_record()
-
-    def __enter__(self) -> ExpertStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._record.close()
 
     def put(
         self, block: int, expert: int, names: ExpertNames, rows: FloatArray, d_ff: int, on_bytes: OnBytes
@@ -116,43 +101,44 @@ class ExpertStore:
         if found := self._find(block, expert, parts, rows):
             on_bytes(sum(self._checkpoint.span(name).size_bytes for part in parts for name, _ in part.sources))
             return found
-        dtype = _DTYPES[self._precision]
+        dtype, losses = DTYPES[self._precision], Losses()
         temporary = self._folder / f"block_{block:02d}_expert_{expert:02d}"
         with TensorWriter(temporary, {part.name: (dtype, part.shape) for part in parts}) as writer:
 
             def written(part: Part) -> Iterator[npt.NDArray[Any]]:
                 for name, _ in part.sources:
-                    for piece in self._stored(name, on_bytes):
+                    for piece in self._stored(name, losses, on_bytes):
                         writer.write(piece)
                         yield piece
 
             outputs = _answers(rows, *map(written, parts))
             entry = writer.finish()
             writer.rename(self._folder / expert_file_name(entry.sha256))
-        line = {"key": self._key(block, expert), "sha256": entry.sha256, "size_bytes": entry.size_bytes}
-        self._record.write(json.dumps(line) + "\n")
-        self._record.flush()
-        return ExpertFile(entry, writer.spans, outputs)
+        self._journal.add(self._key(block, expert), Finished(entry, losses))
+        return ExpertFile(entry, writer.spans, outputs, losses)
 
     def seal(self, used: frozenset[str]) -> None:
-        """Remove the record and every file that this export does not use."""
+        """Remove every file that this export does not use."""
         for path in self._folder.iterdir():
             if path.name not in used:
                 path.unlink()
 
-    def _stored(self, name: TensorName, on_bytes: OnBytes) -> Iterator[npt.NDArray[Any]]:
+    def _stored(self, name: TensorName, losses: Losses, on_bytes: OnBytes) -> Iterator[npt.NDArray[Any]]:
         """Read a tensor of the checkpoint in the precision of the bundle."""
         dtype = self._checkpoint.span(name).dtype
         for piece in self._checkpoint.pieces(name):
-            yield to_float16(piece, dtype, name) if self._precision == "fp16" else to_float32(piece, dtype)
+            if self._precision == "fp16":
+                yield to_float16(piece, dtype, name, losses, self._clamp)
+            else:
+                yield to_float32(piece, dtype)
             on_bytes(piece.nbytes)
 
     def _find(self, block: int, expert: int, parts: tuple[Part, ...], rows: FloatArray) -> ExpertFile | None:
-        entry = self._done.get(self._key(block, expert))
-        if entry is None:
+        """Find an expert written before the export was interrupted; its answers are computed anew."""
+        if (finished := self._journal.find(self._key(block, expert))) is None:
             return None
-        path = self._folder / expert_file_name(entry.sha256)
-        if not path.is_file() or path.stat().st_size != entry.size_bytes:
+        path = self._folder / expert_file_name(finished.entry.sha256)
+        if not path.is_file() or path.stat().st_size != finished.entry.size_bytes:
             return None
         try:
             spans = read_spans(path)
@@ -168,21 +154,13 @@ class ExpertStore:
                 yield piece
 
         outputs = _answers(rows, *map(read, parts))
-        return ExpertFile(entry, spans, outputs) if digest.hexdigest() == entry.sha256 else None
+        if digest.hexdigest() != finished.entry.sha256:
+            return None
+        return ExpertFile(finished.entry, spans, outputs, finished.losses)
 
     def _key(self, block: int, expert: int) -> str:
-        return f"{self._checkpoint.stamp} {self._precision} {block} {expert}"
-
-    def _read_record(self) -> dict[str, FileEntry]:
-        self._record.seek(0)
-        done: dict[str, FileEntry] = {}
-        for text in self._record:
-            try:
-                line = json.loads(text)
-                done[line["key"]] = FileEntry(line["sha256"], line["size_bytes"])
-            except (ValueError, KeyError, TypeError):
-                continue  # the line that an interruption cut short
-        return done
+        how = f"{self._precision} clamped" if self._clamp else self._precision
+        return f"{self._checkpoint.stamp} {how} {block} {expert}"
 
 
 def _answers(
@@ -206,4 +184,4 @@ def _project(rows: FloatArray, pieces: Iterator[npt.NDArray[Any]]) -> FloatArray
 
 
 def _as_float32(piece: npt.NDArray[Any]) -> FloatArray:
-    return piece.astype(np.float32, copy=False)
+    return float32_from_float16(piece) if piece.dtype == np.float16 else piece

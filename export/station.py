@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wdmoe.export.checkpoint import Checkpoint
 from wdmoe.export.families import ModelLayout
+from wdmoe.export.journal import Finished, Journal
 from wdmoe.export.weights import (
     Part,
     Weight,
@@ -21,6 +22,7 @@ from wdmoe.export.weights import (
     write_station_weights,
 )
 from wdmoe.runtime.manifest import FileEntry, sha256_of
+from wdmoe.runtime.tensor_file import read_spans
 
 if TYPE_CHECKING:
     import onnx
@@ -47,33 +49,74 @@ class StationFolder:
         return {name: entry.sha256 for name, entry in self.files.items() if name not in texts}
 
 
+@dataclass(frozen=True, slots=True)
+class StationWeights:
+    """One weight file as written."""
+
+    entry: FileEntry
+    weights: dict[str, Weight]
+
+
+def weight_files(layout: ModelLayout) -> dict[str, tuple[Part, ...]]:
+    """List the weight files of the base station, and what each holds."""
+    blocks = range(layout.spec.n_blocks)
+    files = {"embedding.safetensors": embedding_parts(layout)}
+    files |= {f"stage_{block:02d}.safetensors": stage_parts(layout, block) for block in (*blocks, len(blocks))}
+    if layout.spec.shared_expert:
+        files |= {f"shared_{block:02d}.safetensors": shared_parts(layout, block) for block in blocks}
+    if not layout.tied_head:
+        files["head.safetensors"] = head_parts(layout)
+    return files
+
+
+def put_weights(
+    path: Path, parts: tuple[Part, ...], checkpoint: Checkpoint, journal: Journal, on_bytes: Callable[[int], None]
+) -> StationWeights:
+    """Write one weight file, or find it written."""
+    key = f"{checkpoint.stamp} bs {path.name}"
+    if (finished := journal.find(key)) is not None and _is_whole(path, finished.entry):
+        on_bytes(sum(checkpoint.span(name).size_bytes for part in parts for name, _ in part.sources))
+        return StationWeights(
+            finished.entry, {name: Weight(path.name, span) for name, span in read_spans(path).items()}
+        )
+    weights, entry = write_station_weights(path, checkpoint, parts, on_bytes)
+    journal.add(key, Finished(entry))
+    return StationWeights(entry, weights)
+
+
 def write_station(
-    folder: Path, checkpoint: Checkpoint, layout: ModelLayout, on_bytes: Callable[[int], None]
+    folder: Path, checkpoint: Checkpoint, layout: ModelLayout, files: Mapping[str, StationWeights]
 ) -> StationFolder:
-    """Write everything but the manifest into an empty folder."""
+    """Write graphs and texts beside the weights; everything but the manifest is there then.
+
+    Args:
+        folder: of the base station.
+        checkpoint: where the tokenizer is.
+        layout: of the model.
+        files: by name, all of `weight_files`.
+    """
     from wdmoe.export.graphs import head_graph, shared_graph, stage_graph
 
-    written = StationFolder()
-
-    def weights(name: str, parts: tuple[Part, ...]) -> dict[str, Weight]:
-        found, written.files[name] = write_station_weights(folder / name, checkpoint, parts, on_bytes)
-        return found
-
-    embedding = weights("embedding.safetensors", embedding_parts(layout))
+    written = StationFolder(files={name: file.entry for name, file in files.items()})
+    embedding = files["embedding.safetensors"].weights
     for block in range(layout.spec.n_blocks + 1):
-        used = weights(f"stage_{block:02d}.safetensors", stage_parts(layout, block))
+        used = files[f"stage_{block:02d}.safetensors"].weights
         graph = stage_graph(layout, block, used | embedding if block == 0 else used)
         written.stages.append(f"stage_{block:02d}.onnx")
         written.files[written.stages[-1]] = write_graph(folder / written.stages[-1], graph)
     if layout.spec.shared_expert:
         for block in range(layout.spec.n_blocks):
-            graph = shared_graph(layout, block, weights(f"shared_{block:02d}.safetensors", shared_parts(layout, block)))
+            graph = shared_graph(layout, block, files[f"shared_{block:02d}.safetensors"].weights)
             written.shared.append(f"shared_{block:02d}.onnx")
             written.files[written.shared[-1]] = write_graph(folder / written.shared[-1], graph)
-    head = embedding if layout.tied_head else weights("head.safetensors", head_parts(layout))
+    head = embedding if layout.tied_head else files["head.safetensors"].weights
     written.files[written.head] = write_graph(folder / written.head, head_graph(layout, head))
     _write_texts(folder, checkpoint, written)
     return written
+
+
+def _is_whole(path: Path, entry: FileEntry) -> bool:
+    return path.is_file() and path.stat().st_size == entry.size_bytes and sha256_of(path) == entry.sha256
 
 
 def write_graph(path: Path, graph: onnx.ModelProto) -> FileEntry:

@@ -16,6 +16,8 @@ from wdmoe.runtime.manifest import FileEntry
 from wdmoe.runtime.tensor_file import TensorSpan, encode_header, total_bytes
 
 PARTIAL_SUFFIX = ".partial"
+# Bytes after which the kernel is told to write: the disk works from the start, and `finish` waits for a window only.
+_WINDOW_BYTES = 1 << 25
 
 
 @final
@@ -37,6 +39,7 @@ class TensorWriter:
         self._digest = hashlib.sha256(header)
         self._file = self._temporary.open("wb")
         self._file.write(header)
+        self._behind_bytes = 0  # written bytes that the kernel was told to bring to the disk and to drop from memory
 
     def __enter__(self) -> TensorWriter:
         return self
@@ -52,9 +55,12 @@ class TensorWriter:
         self._digest.update(data)
         self._file.write(data)
         self._left_bytes -= data.nbytes
+        if self._file.tell() - self._behind_bytes >= _WINDOW_BYTES:
+            self._file.flush()
+            self._behind_bytes = forget(self._file.fileno(), self._behind_bytes, self._file.tell())
 
     def finish(self) -> FileEntry:
-        """Bring the file to the disk, still under its temporary name."""
+        """Bring the file to the disk, still under its temporary name: what has its name is whole, whatever fails."""
         if self._left_bytes:
             raise ValueError(f"{self._temporary}: {self._left_bytes} bytes of its tensors were not written")
         self._file.flush()
@@ -64,3 +70,14 @@ class TensorWriter:
     def rename(self, path: Path) -> None:
         """Give the finished file its name."""
         self._temporary.replace(path)
+
+
+def forget(file: int, start_bytes: int, end_bytes: int) -> int:
+    """Tell the kernel that a range of a file will not be needed soon: what is not on the disk yet is sent there.
+
+    Returns:
+        The end of the range.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, start_bytes, end_bytes - start_bytes, os.POSIX_FADV_DONTNEED)
+    return end_bytes

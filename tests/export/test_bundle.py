@@ -16,7 +16,7 @@ import pytest
 from tiny import CHAT_TEMPLATE, tiny_checkpoint, write_checkpoint_file
 
 from wdmoe.export.bundle import ExportConfig, ExportResult, export_bundle, plan_export
-from wdmoe.export.slicing import ExpertStore
+from wdmoe.export.journal import Journal
 from wdmoe.runtime.errors import BundleError, CheckpointError
 from wdmoe.runtime.manifest import BsManifest, DeviceManifest, read_manifest, verify_files
 from wdmoe.runtime.tensor_file import map_tensors, read_spans
@@ -37,7 +37,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
 def _export(
     checkpoint: Path, out: Path, on_bytes: Callable[[int], None] = lambda _: None, **options: Any
 ) -> ExportResult:
-    config = ExportConfig(out, **options)
+    config = ExportConfig(out, **({"workers": 1} | options))  # one: files and pieces in a known order
     return export_bundle(plan_export(checkpoint, "tiny", config), config, on_bytes)
 
 
@@ -189,13 +189,15 @@ def test_an_interrupted_export_goes_on_and_ends_the_same(
         _export(checkpoint, tmp_path / "bundle", _interrupt_after(pieces))
     assert [path.name for path in tmp_path.iterdir()] == ["bundle.partial"]
     assert not list(tmp_path.rglob("manifest.json"))
-    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "bundle.partial/experts").glob("*.safetensors")}
-    assert len(finished) == min(16, pieces // 3)
+    partial = tmp_path / "bundle.partial"
+    finished = {path: path.stat().st_mtime_ns for path in partial.glob("*/*.safetensors")}
+    assert len(list(partial.glob("experts/*.safetensors"))) == min(16, pieces // 3)
+    assert bool(list(partial.glob("bs/*.safetensors"))) == (pieces > 48)
 
     _export(checkpoint, tmp_path / "bundle")
     assert _tree(tmp_path / "bundle") == _tree(bundle)
     for path, written in finished.items():
-        assert (tmp_path / "bundle/experts" / path.name).stat().st_mtime_ns == written  # not written again
+        assert (tmp_path / "bundle" / path.relative_to(partial)).stat().st_mtime_ns == written  # not written again
 
 
 def test_a_killed_export_goes_on_and_ends_the_same(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
@@ -204,7 +206,7 @@ import os, signal
 from pathlib import Path
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
 left = iter(range(20))
-config = ExportConfig(Path({str(tmp_path / "bundle")!r}))
+config = ExportConfig(Path({str(tmp_path / "bundle")!r}), workers=1)
 plan = plan_export(Path({str(checkpoint)!r}), "tiny", config)
 export_bundle(plan, config, lambda _: next(left, None) is None and os.kill(os.getpid(), signal.SIGTERM))
 """
@@ -224,7 +226,7 @@ def test_a_finished_expert_that_was_damaged_since_is_written_again(
     damaged, shorter, *_ = (tmp_path / "bundle.partial/experts").glob("*.safetensors")
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     shorter.write_bytes(b"")
-    with (tmp_path / "bundle.partial/experts/done.jsonl").open("a") as record:
+    with (tmp_path / "bundle.partial/done.jsonl").open("a") as record:
         record.write('{"key": "cut sh')
     _export(checkpoint, tmp_path / "bundle")
     assert _tree(tmp_path / "bundle") == _tree(bundle)
@@ -241,9 +243,9 @@ def test_nothing_of_another_checkpoint_gets_into_a_resumed_export(
 
 
 def test_two_exports_do_not_write_into_one_folder(checkpoint: Path, tmp_path: Path) -> None:
-    plan = plan_export(checkpoint, "tiny", ExportConfig(tmp_path / "bundle"))
+    (tmp_path / "bundle.partial").mkdir()
     with (
-        ExpertStore(tmp_path / "bundle.partial/experts", plan.checkpoint, "fp16"),
+        Journal(tmp_path / "bundle.partial"),
         pytest.raises(BundleError, match="another wdmoe-export"),
     ):
         _export(checkpoint, tmp_path / "bundle")
@@ -278,3 +280,55 @@ def test_equal_experts_share_one_file(tmp_path: Path) -> None:
     device = read_manifest(tmp_path / "bundle/device-0", DeviceManifest)
     assert device.experts[0].weights == device.experts[1].weights
     verify_files(tmp_path / "bundle/device-0", device)
+
+
+def test_threads_change_nothing_in_the_bundle(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    _export(checkpoint, tmp_path / "bundle", workers=4)
+    assert _tree(tmp_path / "bundle") == _tree(bundle)
+
+
+def test_an_export_with_threads_that_is_interrupted_goes_on(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(_Interruption):
+        _export(checkpoint, tmp_path / "bundle", _interrupt_after(30), workers=4)
+    _export(checkpoint, tmp_path / "bundle", workers=4)
+    assert _tree(tmp_path / "bundle") == _tree(bundle)
+
+
+def test_an_export_killed_after_its_last_step_but_one_is_found_whole(
+    checkpoint: Path, bundle: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(bundle, tmp_path / "bundle")
+    (out / "done.jsonl").write_text("")
+    assert _export(checkpoint, out).already_there
+    assert _tree(out) == _tree(bundle)
+
+
+def test_every_byte_of_the_weights_is_dealt_with_once(checkpoint: Path, tmp_path: Path) -> None:
+    config = ExportConfig(tmp_path / "bundle", workers=2)
+    plan = plan_export(checkpoint, "tiny", config)
+    dealt_with: list[int] = []
+    export_bundle(plan, config, dealt_with.append)
+    assert sum(dealt_with) == plan.total_bytes
+
+
+def test_a_disk_too_small_is_told_before_the_first_byte(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(BundleError, match=r"0\.0 GB free, the bundle needs .* GB; choose another --out"):
+        _export(checkpoint, tmp_path / "bundle")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_clamping_is_counted_and_another_export(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "c", "mixtral")
+    path = folder / "model.safetensors"
+    tensors = {key: np.array(raw) for key, raw in map_tensors(path).items()}
+    tensors["model.layers.1.block_sparse_moe.experts.7.w2.weight"][0, :3] = [1e5, -np.inf, 1e-9]
+    write_checkpoint_file(path, tensors, "F32")
+    with pytest.raises(CheckpointError, match=r"experts\.7\.w2\.weight: the value inf does not fit .* --clamp"):
+        _export(folder, tmp_path / "bundle", precision="fp16")
+    result = _export(folder, tmp_path / "bundle", precision="fp16", clamp=True)
+    assert result.losses.clamped == 2
+    assert result.losses.to_zero >= 1

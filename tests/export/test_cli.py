@@ -65,6 +65,11 @@ def test_inspect_names_a_damaged_file(checkpoint: Path, tmp_path: Path) -> None:
         (["--model", "CHECKPOINT", "inspect", "."], 2, "does not go with"),
         (["--model", "no-such-model"], 1, "no such folder"),
         (["--model", "./no/such"], 1, "no such folder"),
+        (["--model", "CHECKPOINT", "--device-memory", "16 lorries"], 2, "is not a size"),
+        (["--model", "CHECKPOINT", "--placement", "balanced", "--speeds", "1,fast"], 2, "not a list of numbers"),
+        (["--model", "CHECKPOINT", "--speeds", "1,2"], 2, "are for a balanced placement"),
+        (["--model", "CHECKPOINT", "--placement", "no-such.json"], 1, "no-such.json: No such file"),
+        (["--model", "nobody/nothing", "--dry-run"], 1, "--dry-run needs its config.json"),
         (["inspect", "no-such-folder"], 2, "does not exist"),
     ],
 )
@@ -126,3 +131,43 @@ def test_an_alias_that_cannot_be_downloaded_names_the_folder_to_give(
     assert repository in done.stderr
     assert "--model FOLDER" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_dry_run_needs_neither_weights_nor_a_network_and_writes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    arguments = ["--model", "mixtral", "--experts-per-device", 2, "--dry-run", "--device-memory", "32GB", "--out", out]
+    code, text, _ = _run(*arguments)
+    assert code == 0
+    assert "46.70 billion parameters" in text
+    assert "device-3" in text
+    assert " ".join(text.split()).endswith("fp16 on devices of 32.00 GB, 20% of it kept free: fits.")
+    code, text, _ = _run(*arguments, "--json")
+    plan = json.loads(text)
+    assert (code, plan["parameters"], plan["fits"], len(plan["devices"]["fp16"])) == (0, 46_702_792_704, True, 4)
+    assert [device["fits"] for device in plan["devices"]["fp32"]] == [False] * 4
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_balanced_placement_is_shown_before_the_export(checkpoint: Path, tmp_path: Path) -> None:
+    counts = tmp_path / "counts.json"
+    counts.write_text(json.dumps([[9, 1, 1, 1, 1, 1, 1, 1]] * 2))
+    options = ["--placement", "balanced", "--counts", counts, "--speeds", "1,1", "--replicas", 1]
+    code, out, err = _run("--model", checkpoint, *options, "--out", tmp_path / "bundle", "--json")
+    assert code == 0
+    assert "Slowest device of each block: 1.12" in " ".join(err.split())
+    held = [[expert for _, expert in device["experts"]] for device in json.loads(out)["devices"]]
+    assert held == [[0, 0], [0, 1, 2, 3, 4, 5, 6, 7] * 2]
+
+
+def test_place_makes_another_placement_of_a_bundle(checkpoint: Path, tmp_path: Path) -> None:
+    _run("--model", checkpoint, "--out", tmp_path / "bundle")
+    code, out, _ = _run("place", tmp_path / "bundle", "--devices", 2, "--out", tmp_path / "two")
+    assert code == 0
+    assert "experts 4, 5, 6, 7 of every block" in out
+    assert _run("inspect", tmp_path / "two")[0] == 0
+    code, _, err = _run("place", tmp_path / "bundle", "--devices", 2, "--out", tmp_path / "two")
+    assert (code, "already there" in err) == (1, True)
+    code, out, _ = _run("place", tmp_path / "two", "--replicas", 8, "--out", tmp_path / "mirrored", "--json")
+    assert [len(device["experts"]) for device in json.loads(out)["devices"]] == [16, 16]
+    code, _, err = _run("place", tmp_path / "bundle", "--devices", 9, "--out", tmp_path / "nine")
+    assert (code, "1 to 8" in err) == (2, True)

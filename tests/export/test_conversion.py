@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from wdmoe.export.conversion import to_float16, to_float32
+from wdmoe.export.conversion import Losses, to_float16, to_float32
 from wdmoe.runtime.errors import CheckpointError
 
 ALL_BITS = np.arange(1 << 16, dtype=np.uint16)
@@ -41,3 +41,24 @@ def test_float16_and_float32_are_not_copied() -> None:
     half, single = np.ones(3, np.float16), np.ones(3, np.float32)
     assert to_float16(half, "F16", "t") is half
     assert to_float32(single, "F32") is single
+
+
+def _bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    return (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+
+
+def test_what_float16_does_not_hold_is_counted() -> None:
+    values = np.array([0, 1, 2**-24, -(2**-25), 1e-30, 65504, 1e5, -np.inf], np.float32)
+    for dtype, raw in (("F32", values), ("F64", values.astype(np.float64)), ("BF16", _bfloat16(values))):
+        losses = Losses()
+        got = to_float16(raw, dtype, "t", losses, clamp=True)
+        assert losses == Losses(clamped=2, to_zero=2)
+        assert got[-2:].tolist() == [65504, -65504]
+        assert got[2:5].tolist() == [2**-24, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_what_is_not_a_number_is_never_clamped(dtype: str) -> None:
+    values = np.array([1e5, np.nan], np.float32)
+    with pytest.raises(CheckpointError, match="the value nan does not fit"):
+        to_float16(values if dtype == "F32" else _bfloat16(values), dtype, "t", clamp=True)

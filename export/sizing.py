@@ -1,0 +1,144 @@
+"""How large a bundle will be, and what memory the base station and a device need, from the config alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from wdmoe.export.families import ModelLayout
+from wdmoe.export.placement import Placement, device_count, held_by
+from wdmoe.export.slicing import DTYPES, GOLDEN_ROWS
+from wdmoe.export.station import weight_files
+from wdmoe.export.weights import Part, all_expert_parts, expert_parts, station_parts
+from wdmoe.runtime.manifest import ModelSpec, Precision
+from wdmoe.runtime.tensor_file import encode_header, total_bytes
+
+ITEM_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2}
+HEADROOM = 0.2  # of the memory, for the system and all else
+CONTEXT_TOKENS = 4096  # for which keys and values are counted, if the model takes as many
+_ROWS = 1024  # tokens of one microbatch
+_DEVICE_PROCESS_BYTES = 300_000_000  # Python, numpy, ONNX Runtime, sockets and a few requests
+_STATION_PROCESS_BYTES = 600_000_000  # the tokenizer and lm-eval too
+_CHUNK_BYTES = 4 << 20  # weights that the numpy engine converts at a time
+# Measured on exports: stubs of experts, graphs of stages, manifests (the BS's lists every hash) are of about this size.
+_STUB_BYTES = 800
+_GRAPH_BYTES = 4000
+_ENTRY_BYTES = 260  # of a file or an expert in a manifest
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSize:
+    """One device, in one precision."""
+
+    device: int
+    experts: int  # of all blocks together
+    disk_bytes: int
+    memory_bytes: int  # with an engine that holds weights as stored
+
+
+@dataclass(frozen=True, slots=True)
+class StationSize:
+    """The base station; its stages are float32 whatever the experts are."""
+
+    disk_bytes: int
+    kv_bytes: int  # keys and values of `context` tokens
+    context: int
+    memory_bytes: int  # weights, keys and values, scratch
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """All of a bundle."""
+
+    parameters: int
+    station: StationSize
+    devices: dict[Precision, tuple[DeviceSize, ...]]
+
+    def bundle_bytes(self, precision: Precision) -> int:
+        """Bytes of all folders to be copied; replicas count twice."""
+        return self.station.disk_bytes + sum(device.disk_bytes for device in self.devices[precision])
+
+
+def sizes_of(layout: ModelLayout, placement: Placement) -> Sizes:
+    """Work out the sizes of a bundle: weights exactly, graphs and manifests about."""
+    spec = layout.spec
+    held = [len(held_by(placement, device)) for device in range(device_count(placement))]
+    devices = {
+        precision: tuple(
+            DeviceSize(k, n, n * (expert_file_bytes(layout, precision) + _overhead(spec, n)), device_memory(spec, n, precision))
+            for k, n in enumerate(held)
+        )
+        for precision in DTYPES
+    }  # fmt: skip
+    parts = (*station_parts(layout), *all_expert_parts(layout))
+    return Sizes(sum(math.prod(part.shape) for part in parts), _station_size(layout), devices)
+
+
+def expert_file_bytes(layout: ModelLayout, precision: Precision) -> int:
+    """Return the size of the file of one expert."""
+    parts = expert_parts(layout.expert(0, 0), layout.spec.d_ff, layout.spec.d_model)
+    return _file_bytes(parts, DTYPES[precision])
+
+
+def device_memory(spec: ModelSpec, n_held: int, precision: Precision) -> int:
+    """Return the memory that a device needs with so many experts, if its engine holds weights as stored."""
+    weights = n_held * 3 * spec.d_ff * spec.d_model * ITEM_BYTES[precision]
+    scratch = _ROWS * (3 * spec.d_model + 3 * spec.d_ff) * 4 + _CHUNK_BYTES
+    return weights + scratch + _DEVICE_PROCESS_BYTES
+
+
+def fits(memory_bytes: int, needed_bytes: int) -> bool:
+    """Say whether memory is enough, with headroom."""
+    return needed_bytes <= (1 - HEADROOM) * memory_bytes
+
+
+def most_held(spec: ModelSpec, precision: Precision, memory_bytes: int) -> int:
+    """Return how many experts, of all blocks together, fit on a device."""
+    free = (1 - HEADROOM) * memory_bytes - device_memory(spec, 0, precision)
+    return max(0, int(free // (3 * spec.d_ff * spec.d_model * ITEM_BYTES[precision])))
+
+
+def advice(layout: ModelLayout, precision: Precision, memory_bytes: int) -> str:
+    """Say what to change when a device is too small."""
+    spec = layout.spec
+    choices = []
+    for smaller in (p for p in DTYPES if ITEM_BYTES[p] <= ITEM_BYTES[precision]):
+        per_device = min(spec.n_experts, most_held(spec, smaller, memory_bytes) // spec.n_blocks)
+        if per_device:
+            n_devices = -(-spec.n_experts // per_device)
+            option = "" if smaller == precision else f"--precision {smaller} "
+            choices.append(f"{option}--experts-per-device {per_device} ({n_devices} devices)")
+    if choices:
+        return "use " + " or ".join(choices)
+    smallest = min(DTYPES, key=lambda p: ITEM_BYTES[p])
+    held = most_held(spec, smallest, memory_bytes)
+    if held:
+        n_devices = -(-spec.n_blocks * spec.n_experts // held)
+        return f"use --precision {smallest} --placement balanced --devices {n_devices}: {held} experts fit on each"
+    needed = device_memory(spec, spec.n_blocks, smallest) / (1 - HEADROOM)
+    return f"devices that hold one expert of each block in {smallest} need {needed / 1e9:.1f} GB"
+
+
+def _overhead(spec: ModelSpec, n_held: int) -> int:
+    """Bytes beside each expert file: its stub, golden answers (and its part of the golden rows), manifest entries."""
+    golden = GOLDEN_ROWS * spec.d_model * 4 * (n_held + spec.n_blocks)
+    rest = n_held * (_STUB_BYTES + 3 * _ENTRY_BYTES) + _GRAPH_BYTES + spec.head_dim * 12
+    return -(-(golden + rest) // n_held)
+
+
+def _station_size(layout: ModelLayout) -> StationSize:
+    spec = layout.spec
+    files = weight_files(layout)
+    weights = sum(_file_bytes(parts, "F32") for parts in files.values())
+    graphs = len(files) * (_GRAPH_BYTES + 2 * _ENTRY_BYTES) + spec.n_blocks * spec.n_experts * 110
+    context = min(CONTEXT_TOKENS, spec.max_positions)
+    kv = 2 * spec.n_blocks * spec.kv_dim * context * 4
+    mask = _ROWS * (context + _ROWS) * 4 * (1 + spec.n_heads)  # and the scores of one block
+    scratch = mask + _ROWS * (spec.vocab_size + 8 * spec.d_model) * 4
+    memory = weights + kv + scratch + _STATION_PROCESS_BYTES
+    return StationSize(weights + graphs, kv, context, memory)
+
+
+def _file_bytes(parts: tuple[Part, ...], dtype: str) -> int:
+    header, spans = encode_header({part.name: (dtype, part.shape) for part in parts})
+    return len(header) + total_bytes(spans.values())

@@ -1,0 +1,46 @@
+"""A float16 slice that is too large as float32 is served in the memory of its files, by the engine that can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import tiny_checkpoint
+
+from wdmoe.device.loading import self_check
+from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
+from wdmoe.runtime.engines.numpy_engine import NumpyEngine
+from wdmoe.runtime.engines.onnxruntime_engine import OnnxruntimeEngine
+from wdmoe.runtime.errors import EngineError
+from wdmoe.runtime.manifest import DeviceManifest, read_manifest
+from wdmoe.runtime.memory import available_memory_bytes
+
+
+@pytest.fixture(scope="module", params=["fp16", "fp32"])
+def slice_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("slice")
+    config = ExportConfig(folder / "bundle", precision=request.param)
+    return export_bundle(plan_export(tiny_checkpoint(folder / "c", "mixtral"), "tiny", config), config).out / "device-1"
+
+
+def test_numpy_converts_at_use_where_float32_does_not_fit(slice_folder: Path) -> None:
+    manifest = read_manifest(slice_folder, DeviceManifest)
+    large, small = (NumpyEngine(slice_folder, manifest.experts, 1, free_bytes) for free_bytes in (10**9, 1000))
+    assert (large.converts_at_use, small.converts_at_use) == (False, True)
+    rows = np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32)
+    np.testing.assert_allclose(small.run(1, 3, rows), large.run(1, 3, rows), rtol=1e-5, atol=1e-6)
+    assert self_check(small, slice_folder, manifest).passed
+
+
+def test_onnxruntime_refuses_what_does_not_fit(slice_folder: Path) -> None:
+    manifest = read_manifest(slice_folder, DeviceManifest)
+    with pytest.raises(EngineError, match=r"holds weights as float32, 0\.0 GB for this slice, 0\.0 GB are free"):
+        OnnxruntimeEngine(slice_folder, manifest.experts, 1, free_bytes=1000)
+    assert self_check(OnnxruntimeEngine(slice_folder, manifest.experts, 1), slice_folder, manifest).passed
+
+
+def test_free_memory_is_unknown_where_the_system_does_not_say(tmp_path: Path) -> None:
+    assert available_memory_bytes(tmp_path / "meminfo") is None
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:   5 kB\n")
+    assert available_memory_bytes(tmp_path / "meminfo") == 5120
