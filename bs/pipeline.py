@@ -155,6 +155,7 @@ class Pipeline:
                     yield flight.number, flight.result, flight.record
         finally:
             self.requests.abandon()
+            self._worker.abandon()  # it may be writing into a cache that the next run reads
             self._flights.clear()
             self._landed.clear()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 Result = TypeVar("Result")
+_ABANDON_WAIT_S = 60.0  # a job is one stage, or the experts of one request
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,10 @@ class Worker(Protocol[Result]):
         """Take what has ended since the last call, in the order it was submitted."""
         ...
 
+    def abandon(self) -> None:
+        """Drop what waits, let the running job end, forget its result: the next `finished` is of later jobs."""
+        ...
+
     def close(self) -> None:
         """Let the running job end, drop the others."""
         ...
@@ -40,8 +45,10 @@ class ThreadWorker(Generic[Result]):
     """Runs jobs on one thread of its own; `on_done` is called from it after each."""
 
     def __init__(self, name: str, on_done: Callable[[], None]) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], Result] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[int, Callable[[], Result]] | None] = queue.SimpleQueue()
         self._done: deque[Done[Result]] = deque()
+        self._round = 0  # jobs of an earlier one are abandoned
+        self._busy = threading.Lock()  # while a job runs
         self._closing = False
         self._on_done = on_done
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -49,7 +56,7 @@ class ThreadWorker(Generic[Result]):
 
     def submit(self, job: Callable[[], Result]) -> None:
         """Queue a job."""
-        self._jobs.put(job)
+        self._jobs.put((self._round, job))
 
     def finished(self) -> list[Done[Result]]:
         """Take what has ended since the last call."""
@@ -58,6 +65,13 @@ class ThreadWorker(Generic[Result]):
             taken.append(self._done.popleft())
         return taken
 
+    def abandon(self) -> None:
+        """Drop what waits, let the running job end, forget its result."""
+        self._round += 1
+        if self._busy.acquire(timeout=_ABANDON_WAIT_S):
+            self._busy.release()
+        self._done.clear()
+
     def close(self) -> None:
         """Let the running job end, drop the others."""
         self._closing = True
@@ -65,8 +79,14 @@ class ThreadWorker(Generic[Result]):
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None and not self._closing:
-            self._done.append(_run_job(job))
+        while (queued := self._jobs.get()) is not None and not self._closing:
+            submitted, job = queued
+            with self._busy:
+                if submitted != self._round:
+                    continue
+                done = _run_job(job)
+                if submitted == self._round:
+                    self._done.append(done)
             self._on_done()
 
 
@@ -86,6 +106,10 @@ class InlineWorker(Generic[Result]):
         """Take what has ended since the last call."""
         taken, self._done = self._done, []
         return taken
+
+    def abandon(self) -> None:
+        """Forget what has ended."""
+        self._done.clear()
 
     def close(self) -> None:
         """Nothing to stop."""

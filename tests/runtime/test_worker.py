@@ -34,3 +34,32 @@ def test_jobs_end_in_the_order_they_came_and_failures_are_handed_over(
     assert isinstance(done[1].error, OSError)
     assert worker.finished() == []
     worker.close()
+
+
+def test_what_is_abandoned_leaves_nothing_to_the_next() -> None:
+    started, go_on = threading.Event(), threading.Event()
+    ran: list[str] = []
+    ended = threading.Semaphore(0)
+    worker: Worker[str] = ThreadWorker("test", ended.release)
+
+    def slow() -> str:
+        started.set()
+        assert go_on.wait(timeout=10)
+        ran.append("slow")
+        raise OSError("of the run before")
+
+    def queued() -> str:
+        ran.append("queued")
+        return "queued"
+
+    worker.submit(slow)
+    worker.submit(queued)
+    assert started.wait(timeout=10)
+    threading.Timer(0.1, go_on.set).start()
+    worker.abandon()
+    assert ran == ["slow"]  # it was waited for
+    worker.submit(lambda: "next")
+    while not (done := worker.finished()):
+        assert ended.acquire(timeout=10)
+    assert [d.result for d in done] == ["next"] and ran == ["slow"]
+    worker.close()
