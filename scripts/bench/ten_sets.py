@@ -7,7 +7,7 @@ each row must be answered as transformers answers it; only where two choices' lo
 may a rounding decide, and those rows are listed. The first rows are answered by transformers in float64, too: what
 float32 itself costs it is the reference, and the median of our error over the median of that must be at most 2. (The
 median, because a router near-tie that falls the other way moves a row by far more than rounding does, in transformers as
-in ours; `jumps` counts such rows.) With a FILE, what is done is kept and the same command goes on from there.
+in ours; `jumps` counts such rows.) Perplexities must agree to 1e-4. With a FILE, what is done is kept and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from processes import command, device_processes, exit_on_sigterm, free_address
 
 from scripts.bench._environment import environment, progress, write_json
 from scripts.bench.against_transformers import NEAR_TIE, compare_answers
-from wdmoe.bs.evaluation import Evaluation, LoadedTask, evaluate_lm, load_task
+from wdmoe.bs.evaluation import PERPLEXITIES, Evaluation, LoadedTask, evaluate_lm, load_task
+from wdmoe.bs.harness import MAX_WINDOW
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
 from wdmoe.export.models import SMALL_MODEL, find_checkpoint
 
@@ -40,6 +41,7 @@ DATASETS = (
 )  # fmt: skip
 WHOLE_TEXTS = ("wikitext2",)  # rows are documents of thousands of tokens
 MAX_RATIO = 2.0
+MAX_PERPLEXITY_DIFFERENCE = 1e-4  # relative
 JUMP = 1e-2  # of a log-likelihood: no rounding does that by itself
 
 
@@ -84,6 +86,10 @@ def main(
         for dataset, found in sets.items()
         for bar, is_missed in (
             (f"disagreements {found['disagreements']}", found["disagreements"] > 0),
+            (
+                f"perplexity_difference {found['perplexity_difference']}",
+                (found["perplexity_difference"] or 0) > MAX_PERPLEXITY_DIFFERENCE,
+            ),
             (f"error_over_reference {found['error_over_reference']}", (found["error_over_reference"] or 0) > MAX_RATIO),
         )
         if is_missed
@@ -94,7 +100,12 @@ def main(
         "batch": batch,
         "disagreements": sum(found["disagreements"] for found in sets.values()),
         "error_over_reference": max((found["error_over_reference"] or 0.0) for found in sets.values()),
-        "bars": {"disagreements": 0, "error_over_reference": MAX_RATIO, "near_tie_below": NEAR_TIE},
+        "bars": {
+            "disagreements": 0,
+            "near_tie_below": NEAR_TIE,
+            "perplexity_difference": MAX_PERPLEXITY_DIFFERENCE,
+            "error_over_reference": MAX_RATIO,
+        },
         "passed": not missed,
         "sets": sets,
         **environment(("lm-eval", "torch", "transformers", "numpy", "onnxruntime", "pyzmq")),
@@ -141,6 +152,7 @@ def answered(
     """Let transformers answer, unless an earlier run kept the answers."""
     known: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
     key = f"{task.dataset} {task.digest(limit)} {dtype}"
+    key += f" {MAX_WINDOW}" if task.dataset in WHOLE_TEXTS else ""
     if key not in known:
         progress(f"transformers, {dtype}: {task.dataset}, {task.count(limit)} rows")
         found = run_transformers(checkpoint, task, limit, dtype, 1 if task.dataset in WHOLE_TEXTS else batch)
@@ -161,7 +173,15 @@ def run_transformers(checkpoint: Path, task: LoadedTask, limit: int | None, dtyp
 
     logging.disable_progress_bar()
     experts = "grouped_mm" if dtype == "float32" else "eager"
-    lm = HFLM(str(checkpoint), dtype=dtype, device="cpu", batch_size=batch, experts_implementation=experts)
+    lm = HFLM(
+        str(checkpoint),
+        dtype=dtype,
+        device="cpu",
+        batch_size=batch,
+        # Whole texts are cut into windows of this many tokens, here as there.
+        max_length=MAX_WINDOW if task.dataset in WHOLE_TEXTS else None,
+        experts_implementation=experts,
+    )
     evaluation = evaluate_lm(lm, task, limit=limit)
     del lm
     gc.collect()
@@ -178,6 +198,7 @@ def describe(ours: dict[str, dict[str, Any]], single: dict[str, Any], double: di
         differ = [{"row": row} for row, (our, their) in enumerate(pairs) if our != their]
         compared |= {"disagreements": len(differ), "disagreeing_rows": differ}
     our_values, their_values = (flat(run["log_likelihoods"]) for run in (exact, single))
+    perplexity = next((m for m in PERPLEXITIES if m in exact["metrics"]), None)
     ratio = None
     if double is not None:
         true = flat(double["log_likelihoods"])
@@ -190,6 +211,9 @@ def describe(ours: dict[str, dict[str, Any]], single: dict[str, Any], double: di
         "stderr": exact["stderr"],
         **compared,
         "median_abs_ll_difference": float(np.median(np.abs(our_values - their_values))),
+        "perplexity_difference": None
+        if perplexity is None
+        else abs(exact["metrics"][perplexity] / single["metrics"][perplexity] - 1),
         "jumps": int((np.abs(our_values - their_values) > JUMP).sum()),
         "error_over_reference": ratio,
         "policy_minus_exact_points": other["accuracy_minus_exact_points"],
