@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import click
 
 from wdmoe.device.config import DeviceConfig
+from wdmoe.profiles.link_profile import link_names
+from wdmoe.profiles.modelled import PRECISIONS, ExpertShape, hardware_names
 
 _DEFAULTS = DeviceConfig()
 _EPILOG = """\b
@@ -15,10 +18,20 @@ Examples:
   wdmoe-device                                              # all devices of ./bundle, BS on this machine
   wdmoe-device --bundle wdmoe/ --bs tcp://10.0.0.1:5555     # one device folder, on a Jetson
   wdmoe-device --bundle wdmoe/ --bs tcp://10.0.0.1:5555 --enrol wdmoe1.XXXX      # the first time
+  wdmoe-device --emulate orin-nano-8gb --link wifi-5ghz --cost-shape 4096x14336  # as slow as that, on a laptop
 """
 
 
-@click.command(epilog=_EPILOG, context_settings={"show_default": True})
+def _read_shape(context: click.Context, parameter: click.Parameter, text: str | None) -> ExpertShape | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"([1-9][0-9]{0,6})x([1-9][0-9]{0,6})", text)
+    if found is None:
+        raise click.BadParameter(f"{text!r} is not D_MODELxD_FF, for example 4096x14336")
+    return ExpertShape(int(found[1]), int(found[2]))
+
+
+@click.group(invoke_without_command=True, epilog=_EPILOG, context_settings={"show_default": True})
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
@@ -38,13 +51,30 @@ Examples:
 @click.option("--insecure", is_flag=True, help="Do not encrypt although the base station is on the network.")
 @click.option("--encrypt", is_flag=True, help="Encrypt although the base station is on this machine.")
 @click.option("--keys", type=click.Path(path_type=Path), default=_DEFAULTS.keys, help="Folder of this device's keys.")
+@click.option("--emulate", type=click.Choice(hardware_names()), help="Answer as late as this modelled device would.")
+@click.option("--link", type=click.Choice(link_names()), help="With --emulate: and over this modelled link.")
+@click.option("--seed", type=int, default=_DEFAULTS.seed, help="With --emulate: of the link's jitter.")
+@click.option(
+    "--cost-shape",
+    metavar="DxF",
+    callback=_read_shape,
+    help="With --emulate: charge time and bytes as if experts were of this shape, such as 4096x14336.",
+)
+@click.option("--cost-precision", type=click.Choice(PRECISIONS), help="With --emulate: and in this precision.")
 @click.version_option(package_name="wdmoe")
-def main(**options: Any) -> None:
+@click.pass_context
+def main(context: click.Context, /, **options: Any) -> None:
     """Serve the experts of a bundle to a base station.
 
     Verifies the folder, checks the engine against the golden outputs, measures a latency profile, then dials
     the base station and serves until Ctrl-C. Reconnects by itself.
     """
+    if context.invoked_subcommand is not None:
+        given = [n for n in options if context.get_parameter_source(n) is click.core.ParameterSource.COMMANDLINE]
+        if given:
+            option = given[0].replace("_", "-")
+            raise click.UsageError(f"--{option} does not go before the command {context.invoked_subcommand}")
+        return
     from wdmoe.device.main import run
     from wdmoe.runtime.errors import WdmoeError
 

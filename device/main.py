@@ -13,14 +13,16 @@ from pathlib import Path
 from types import FrameType
 
 from wdmoe.device.config import DeviceConfig
+from wdmoe.device.emulation import emulated_profile, make_air, warn_if_slower
 from wdmoe.device.enrolment import enrol, enrolled_keys, keys_to_enrol
 from wdmoe.device.loading import choose_engine, engine_names, quick_profile, say_to_stderr
+from wdmoe.device.loopback import loopback_round_trip_ms
 from wdmoe.device.service import DeviceService
 from wdmoe.device.serving import serve
 from wdmoe.runtime.clock import RealClock
 from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.keys import decode_token
-from wdmoe.runtime.links import dial
+from wdmoe.runtime.links import dial, is_loopback
 from wdmoe.runtime.manifest import MANIFEST_NAME, DeviceManifest, read_manifest, verify_files
 from wdmoe.runtime.messages import MAX_ROWS, Message
 from wdmoe.runtime.worker import ThreadWorker
@@ -75,6 +77,17 @@ def serve_folder(config: DeviceConfig) -> int:
     profile = quick_profile(engine, manifest)
     curve = ", ".join(f"{point.tokens}: {point.p50_ms:.2f}" for point in profile.points)
     say_to_stderr(f"{name}: measured ms per expert call by tokens: {curve}")
+    air = None
+    if config.emulation is not None:
+        measured, profile = profile, emulated_profile(config.emulation, manifest, profile)
+        real_ms = loopback_round_trip_ms() if is_loopback(config.bs) else 0.0
+        air = make_air(profile, name, real_ms)
+        curve = ", ".join(f"{point.tokens}: {point.p50_ms:.2f}" for point in profile.points)
+        say_to_stderr(f"{name}: {profile.emulated}; ms per expert call by tokens: {curve}")
+        if config.link is not None:
+            taken = f"of which this machine's loopback takes {real_ms:.2f} ms" if real_ms else "added to the real link"
+            say_to_stderr(f"{name}: the round trip of {config.link} is {taken}")
+        warn_if_slower(measured, profile, lambda t: say_to_stderr(f"{name}: {t}"))
     clock = RealClock()
     token = decode_token(config.enrol) if config.enrol is not None else None
     own = bs_public = None
@@ -94,7 +107,7 @@ def serve_folder(config: DeviceConfig) -> int:
             enrol(link, clock, config.keys, name, token, say_to_stderr, manifest.model.d_model)
         signal.signal(signal.SIGINT, stop_serving)
         signal.signal(signal.SIGTERM, stop_serving)
-        serve(service, link, worker, stop, say_to_stderr)
+        serve(service, link, worker, stop, say_to_stderr, air)
     finally:
         worker.close()
         link.close()
@@ -137,4 +150,10 @@ def _command(config: DeviceConfig) -> list[str]:
     options = ["--bundle", str(config.bundle), "--bs", config.bs, "--engine", config.engine]
     options += ["--threads", str(config.threads), "--keys", str(config.keys)]
     options += ["--insecure"] * config.insecure + ["--encrypt"] * config.encrypt
+    if config.emulate is not None:
+        options += ["--emulate", config.emulate, "--seed", str(config.seed)]
+        options += ["--link", config.link] if config.link is not None else []
+        shape = config.cost_shape
+        options += ["--cost-shape", f"{shape.d_model}x{shape.d_ff}"] if shape is not None else []
+        options += ["--cost-precision", config.cost_precision] if config.cost_precision is not None else []
     return [sys.executable, "-c", entry, *options]
