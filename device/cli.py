@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import click
 
+from wdmoe.device.cli_tools import bench, info, profile, read_shape, reported_errors
 from wdmoe.device.config import DeviceConfig
 from wdmoe.profiles.link_profile import link_names
-from wdmoe.profiles.modelled import PRECISIONS, ExpertShape, hardware_names
+from wdmoe.profiles.modelled import PRECISIONS, hardware_names
 
 _DEFAULTS = DeviceConfig()
 _EPILOG = """\b
@@ -18,17 +18,10 @@ Examples:
   wdmoe-device                                              # all devices of ./bundle, BS on this machine
   wdmoe-device --bundle wdmoe/ --bs tcp://10.0.0.1:5555     # one device folder, on a Jetson
   wdmoe-device --bundle wdmoe/ --bs tcp://10.0.0.1:5555 --enrol wdmoe1.XXXX      # the first time
+  wdmoe-device info                                         # what this machine is and what is missing on it
+  wdmoe-device bench --bundle wdmoe/ --json here.json       # its full latency profile
   wdmoe-device --emulate orin-nano-8gb --link wifi-5ghz --cost-shape 4096x14336  # as slow as that, on a laptop
 """
-
-
-def _read_shape(context: click.Context, parameter: click.Parameter, text: str | None) -> ExpertShape | None:
-    if text is None:
-        return None
-    found = re.fullmatch(r"([1-9][0-9]{0,6})x([1-9][0-9]{0,6})", text)
-    if found is None:
-        raise click.BadParameter(f"{text!r} is not D_MODELxD_FF, for example 4096x14336")
-    return ExpertShape(int(found[1]), int(found[2]))
 
 
 @click.group(invoke_without_command=True, epilog=_EPILOG, context_settings={"show_default": True})
@@ -57,7 +50,7 @@ def _read_shape(context: click.Context, parameter: click.Parameter, text: str | 
 @click.option(
     "--cost-shape",
     metavar="DxF",
-    callback=_read_shape,
+    callback=read_shape,
     help="With --emulate: charge time and bytes as if experts were of this shape, such as 4096x14336.",
 )
 @click.option("--cost-precision", type=click.Choice(PRECISIONS), help="With --emulate: and in this precision.")
@@ -75,13 +68,13 @@ def main(context: click.Context, /, **options: Any) -> None:
             option = given[0].replace("_", "-")
             raise click.UsageError(f"--{option} does not go before the command {context.invoked_subcommand}")
         return
-    from wdmoe.device.main import run
-    from wdmoe.runtime.errors import WdmoeError
+    with reported_errors():
+        from wdmoe.device.main import run
 
-    try:
         code = run(DeviceConfig(**options))
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
-    except WdmoeError as error:
-        raise click.ClickException(str(error)) from error
     raise SystemExit(code)
+
+
+main.add_command(bench)
+main.add_command(info)
+main.add_command(profile)

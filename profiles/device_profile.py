@@ -81,7 +81,9 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     conditions: Conditions | None = None
     sources: tuple[str, ...] = ()  # of what is modelled: which value comes from where
     emulated: Emulated | None = None
-    row_link_ms: NotNegative = 0.0  # on an emulated link, what each float16 row adds, there and back
+    row_link_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = (
+        0.0  # on an emulated link, what each float16 row adds, there and back
+    )
 
     def __post_init__(self) -> None:
         """Refuse a table that does not ascend."""
