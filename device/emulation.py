@@ -46,6 +46,7 @@ class Exchange:
     down_bytes: float  # of the request, as charged
     up_bytes: float  # of the reply, as charged
     service_ms: float  # that the emulated device computes
+    real_round_trip_ms: float = 0.0  # of the real link now: the emulated one stands in its place and does not add it
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +87,14 @@ class Emulator:
     at the end and keeps nobody else waiting, but no reply overtakes another: TCP would not let it.
     """
 
-    def __init__(self, link: LinkProfile | None, seed: str, real_round_trip_ms: float = 0.0) -> None:
+    def __init__(self, link: LinkProfile | None, seed: str) -> None:
         """Start idle.
 
         Args:
             link: None charges nothing for it.
             seed: the same one draws the same jitter for the same requests, however many pings came between.
-            real_round_trip_ms: of the real link that the emulated one stands in place of, and so does not add.
         """
         self._link = link
-        self._round_trip_s = max(0.0, link.round_trip_ms - real_round_trip_ms) / 1e3 if link is not None else 0.0
         self._down = Channel()
         self._up = self._down if link is not None and link.half_duplex else Channel()
         self._jitter, self._ping_jitter = Random(f"{seed}/requests"), Random(f"{seed}/pings")
@@ -107,7 +106,7 @@ class Emulator:
         link = self._link
         down_s = link.down_ms(exchange.down_bytes) / 1e3 if link is not None else 0.0
         up_s = link.up_ms(exchange.up_bytes) / 1e3 if link is not None else 0.0
-        way_s = self._round_trip_s / 2
+        way_s = self._round_trip_s(exchange.real_round_trip_ms) / 2
         self._down.forget_before(exchange.arrived_s)
         self._up.forget_before(exchange.arrived_s)
         sent_s = self._down.reserve(exchange.arrived_s, down_s)
@@ -119,9 +118,12 @@ class Emulator:
         waited_s = (sent_s - exchange.arrived_s) + (started_s - received_s) + (answered_s - self._free_s)
         return Release(self._last_s, round(1e6 * waited_s), round(1e6 * (self._free_s - started_s)))
 
-    def pong_delay_s(self) -> float:
+    def pong_delay_s(self, real_round_trip_ms: float = 0.0) -> float:
         """Draw how long a ping and its answer are on the link; they wait for nobody."""
-        return self._round_trip_s + self._draw_s(self._ping_jitter)
+        return self._round_trip_s(real_round_trip_ms) + self._draw_s(self._ping_jitter)
+
+    def _round_trip_s(self, real_ms: float) -> float:
+        return max(0.0, self._link.round_trip_ms - real_ms) / 1e3 if self._link is not None else 0.0
 
     def _draw_s(self, generator: Random) -> float:
         mean_ms = self._link.jitter_ms if self._link is not None else 0.0
@@ -135,6 +137,8 @@ class Air:
     emulator: Emulator
     profile: DeviceProfile  # of the emulated device
     row_scale: float = 1.0  # bytes of a charged row over those of a real one
+    real_round_trip_ms: Callable[[], float] = lambda: 0.0  # of the real link now, where it is known
+    real_best_ms: Callable[[], float] = lambda: 0.0  # and at its best: of many pings a base station takes the smallest
     _started: deque[tuple[float, float, float]] = field(default_factory=deque)  # arrival, bytes down, service
     _held: list[tuple[float, int, Message]] = field(default_factory=list)  # a heap
     _count: int = 0
@@ -144,7 +148,7 @@ class Air:
         at_once: list[Message] = []
         for answer in answers:
             if isinstance(answer.header, Pong):
-                self._push(now_s + self.emulator.pong_delay_s(), answer)
+                self._push(now_s + self.emulator.pong_delay_s(self.real_best_ms()), answer)
             else:
                 at_once.append(answer)
         return at_once
@@ -158,7 +162,9 @@ class Air:
         """Hold the answer of the oldest request that was started, and let it report the emulated times."""
         arrived_s, down_bytes, service_ms = self._started.popleft()
         up_bytes = self._charged_bytes(encode(answer))
-        release = self.emulator.release(Exchange(arrived_s, done_s, down_bytes, up_bytes, service_ms))
+        release = self.emulator.release(
+            Exchange(arrived_s, done_s, down_bytes, up_bytes, service_ms, self.real_round_trip_ms())
+        )
         if isinstance(answer.header, ExpertReply):
             header = msgspec.structs.replace(answer.header, queue_us=release.queue_us, compute_us=release.compute_us)
             answer = Message(header, answer.rows)
@@ -225,19 +231,17 @@ def emulated_profile(options: EmulationOptions, manifest: DeviceManifest, measur
     )
 
 
-def make_air(profile: DeviceProfile, name: str, real_round_trip_ms: float = 0.0) -> Air:
+def make_air(profile: DeviceProfile, name: str) -> Air:
     """Make what holds the replies of an emulated device.
 
     Args:
         profile: of `emulated_profile`.
         name: of the device; with the seed it decides the jitter, so that two devices do not draw the same.
-        real_round_trip_ms: of the real link, if it is known.
     """
     emulated = profile.emulated
     assert emulated is not None
     link = modelled_link(emulated.link) if emulated.link is not None else None
-    emulator = Emulator(link, f"{emulated.seed}/{name}", real_round_trip_ms)
-    return Air(emulator, profile, emulated.d_model / profile.d_model)
+    return Air(Emulator(link, f"{emulated.seed}/{name}"), profile, emulated.d_model / profile.d_model)
 
 
 def warn_if_slower(measured: DeviceProfile, emulated: DeviceProfile, say: Callable[[str], None]) -> None:

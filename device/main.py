@@ -13,12 +13,13 @@ from pathlib import Path
 from types import FrameType
 
 from wdmoe.device.config import DeviceConfig
-from wdmoe.device.emulation import emulated_profile, make_air, warn_if_slower
+from wdmoe.device.emulation import Air, emulated_profile, make_air, warn_if_slower
 from wdmoe.device.enrolment import enrol, enrolled_keys, keys_to_enrol
 from wdmoe.device.loading import choose_engine, engine_names, quick_profile, say_to_stderr
-from wdmoe.device.loopback import loopback_round_trip_ms
+from wdmoe.device.loopback import LoopbackMeter
 from wdmoe.device.service import DeviceService
 from wdmoe.device.serving import serve
+from wdmoe.profiles.device_profile import DeviceProfile
 from wdmoe.runtime.clock import RealClock
 from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.keys import decode_token
@@ -77,17 +78,11 @@ def serve_folder(config: DeviceConfig) -> int:
     profile = quick_profile(engine, manifest)
     curve = ", ".join(f"{point.tokens}: {point.p50_ms:.2f}" for point in profile.points)
     say_to_stderr(f"{name}: measured ms per expert call by tokens: {curve}")
-    air = None
+    air = meter = None
     if config.emulation is not None:
         measured, profile = profile, emulated_profile(config.emulation, manifest, profile)
-        real_ms = loopback_round_trip_ms() if is_loopback(config.bs) else 0.0
-        air = make_air(profile, name, real_ms)
-        curve = ", ".join(f"{point.tokens}: {point.p50_ms:.2f}" for point in profile.points)
-        say_to_stderr(f"{name}: {profile.emulated}; ms per expert call by tokens: {curve}")
-        if config.link is not None:
-            taken = f"of which this machine's loopback takes {real_ms:.2f} ms" if real_ms else "added to the real link"
-            say_to_stderr(f"{name}: the round trip of {config.link} is {taken}")
         warn_if_slower(measured, profile, lambda t: say_to_stderr(f"{name}: {t}"))
+        air, meter = _start_emulation(config, profile, name)
     clock = RealClock()
     token = decode_token(config.enrol) if config.enrol is not None else None
     own = bs_public = None
@@ -109,10 +104,28 @@ def serve_folder(config: DeviceConfig) -> int:
         signal.signal(signal.SIGTERM, stop_serving)
         serve(service, link, worker, stop, say_to_stderr, air)
     finally:
+        if meter is not None:
+            meter.close()
         worker.close()
         link.close()
     say_to_stderr(f"{name}: stopped after {service.requests} requests")
     return 0
+
+
+def _start_emulation(config: DeviceConfig, profile: DeviceProfile, name: str) -> tuple[Air, LoopbackMeter | None]:
+    """Make what holds replies back; with an emulated link on loopback, also what measures the real one."""
+    air = make_air(profile, name)
+    curve = ", ".join(f"{point.tokens}: {point.p50_ms:.2f}" for point in profile.points)
+    say_to_stderr(f"{name}: {profile.emulated}; ms per expert call by tokens: {curve}")
+    if config.link is None:
+        return air, None
+    if not is_loopback(config.bs):
+        say_to_stderr(f"{name}: {config.link} is added to the real link to {config.bs}")
+        return air, None
+    meter = LoopbackMeter()
+    air.real_round_trip_ms, air.real_best_ms = (lambda: meter.round_trip_ms), (lambda: meter.best_ms)
+    say_to_stderr(f"{name}: {config.link} stands in place of loopback, which takes {meter.round_trip_ms:.2f} ms now")
+    return air, meter
 
 
 def _serve_each(config: DeviceConfig, folders: list[Path]) -> int:

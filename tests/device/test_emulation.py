@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from wdmoe.device.emulation import (
     make_air,
     warn_if_slower,
 )
-from wdmoe.device.loopback import loopback_round_trip_ms
+from wdmoe.device.loopback import LoopbackMeter
 from wdmoe.device.service import DeviceService
 from wdmoe.device.serving import serve
 from wdmoe.profiles.device_profile import Point
@@ -72,9 +73,12 @@ def test_without_a_link_only_the_computing_is_charged() -> None:
 
 
 def test_the_real_link_is_a_part_of_the_emulated_one() -> None:
-    assert decided(Emulator(wire(), "s", 0.5), exchange(100, 3, 2, 10)) == [(100 + 3 + 1 + 10 + 2 + 1 - 0.5, 0, 10)]
-    assert decided(Emulator(wire(), "s", 9.0), exchange(100, 3, 2, 10)) == [(100 + 3 + 10 + 2, 0, 10)]
-    assert Emulator(wire(), "s", 0.5).pong_delay_s() == pytest.approx(1.5e-3)
+    def times(real_ms: float) -> list[tuple[object, float, float]]:
+        return decided(Emulator(wire(), "s"), replace(exchange(100, 3, 2, 10), real_round_trip_ms=real_ms))
+
+    assert times(0.5) == [(100 + 3 + 1 + 10 + 2 + 1 - 0.5, 0, 10)]
+    assert times(9.0) == [(100 + 3 + 10 + 2, 0, 10)]
+    assert Emulator(wire(), "s").pong_delay_s(0.5) == pytest.approx(1.5e-3)
 
 
 def test_the_processor_takes_one_request_after_another_and_says_how_long_each_waited() -> None:
@@ -289,4 +293,7 @@ def _took_ms(air: Air, service: DeviceService, rng: np.random.Generator) -> list
 
 
 def test_the_loopback_of_this_machine_takes_between_ten_microseconds_and_a_second() -> None:
-    assert 0.01 < loopback_round_trip_ms() < 1000
+    meter = LoopbackMeter()
+    measured_ms = meter.round_trip_ms
+    meter.close()
+    assert 0.01 < measured_ms < 1000
