@@ -54,6 +54,12 @@ Examples:
     help="With --emulate: charge time and bytes as if experts were of this shape, such as 4096x14336.",
 )
 @click.option("--cost-precision", type=click.Choice(PRECISIONS), help="With --emulate: and in this precision.")
+@click.option(
+    "--channel",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --link over WiFi: devices that are given the same file share one radio channel.  "
+    "[default: one for all devices of a whole bundle]",
+)
 @click.version_option(package_name="wdmoe")
 @click.pass_context
 def main(context: click.Context, /, **options: Any) -> None:

@@ -32,6 +32,7 @@ class DeviceConfig:
     seed: int = 0  # of the jitter
     cost_shape: ExpertShape | None = None  # what time is charged for; None: the slice as it is
     cost_precision: str | None = None
+    channel: Path | None = None  # a file: devices that are given the same one share the link's channel
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -46,20 +47,22 @@ class DeviceConfig:
         if self.enrol is not None:
             decode_token(self.enrol)
         if self.emulate is None:
-            for name in ("link", "cost_shape", "cost_precision"):
+            for name in ("link", "cost_shape", "cost_precision", "channel"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"--{name.replace('_', '-')} is for an emulated device; give --emulate as well")
         else:
             memory_bytes(self.emulate)  # both raise if there is no such thing
             if self.link is not None:
                 modelled_link(self.link)
+            elif self.channel is not None:
+                raise ValueError("--channel is of an emulated link; give --link as well")
 
     @property
     def emulation(self) -> EmulationOptions | None:
         """What to pretend to be, if anything."""
         if self.emulate is None:
             return None
-        return EmulationOptions(self.emulate, self.link, self.seed, self.cost_shape, self.cost_precision)
+        return EmulationOptions(self.emulate, self.link, self.seed, self.cost_shape, self.cost_precision, self.channel)
 
     @property
     def encrypted(self) -> bool:

@@ -6,14 +6,15 @@
 from __future__ import annotations
 
 import heapq
-from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 
 import msgspec
 
+from wdmoe.device.channels import Channel, OwnChannel, SharedChannel
 from wdmoe.profiles.device_profile import DeviceProfile, Emulated
 from wdmoe.profiles.link_profile import LinkProfile, modelled_link
 from wdmoe.profiles.modelled import MEMORY_SHARE, PRECISIONS, ExpertShape, memory_bytes, modelled_profile
@@ -35,6 +36,7 @@ class EmulationOptions:
     seed: int = 0
     cost_shape: ExpertShape | None = None  # what is charged for; None: the shape of the slice
     cost_precision: str | None = None  # None: that of the slice
+    channel: Path | None = None  # that a half-duplex link shares with other devices; None: it has its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,28 +60,6 @@ class Release:
     compute_us: int
 
 
-class Channel:
-    """A medium that carries one message at a time; a later one may go in a gap between those that are settled."""
-
-    def __init__(self) -> None:
-        self._taken: list[tuple[float, float]] = []  # ascending, disjoint (start, end) in seconds
-
-    def reserve(self, ready_s: float, duration_s: float) -> float:
-        """Take the first free piece that begins at `ready_s` or later; return where it begins."""
-        start_s = ready_s
-        for begin_s, end_s in self._taken:
-            if start_s + duration_s <= begin_s:
-                break
-            start_s = max(start_s, end_s)
-        if duration_s > 0:
-            insort(self._taken, (start_s, start_s + duration_s))
-        return start_s
-
-    def forget_before(self, now_s: float) -> None:
-        """Drop what is over: nothing will be asked for before `now_s`."""
-        self._taken = [piece for piece in self._taken if piece[1] > now_s]
-
-
 class Emulator:
     """Decides when replies leave: the request comes down the link, waits its turn, is computed, and goes up the link.
 
@@ -87,16 +67,18 @@ class Emulator:
     at the end and keeps nobody else waiting, but no reply overtakes another: TCP would not let it.
     """
 
-    def __init__(self, link: LinkProfile | None, seed: str) -> None:
+    def __init__(self, link: LinkProfile | None, seed: str, channel: Channel | None = None) -> None:
         """Start idle.
 
         Args:
             link: None charges nothing for it.
             seed: the same one draws the same jitter for the same requests, however many pings came between.
+            channel: that a half-duplex link shares with others; None: it has its own.
         """
         self._link = link
-        self._down = Channel()
-        self._up = self._down if link is not None and link.half_duplex else Channel()
+        half_duplex = link is not None and link.half_duplex
+        self._down: Channel = channel if channel is not None and half_duplex else OwnChannel()
+        self._up: Channel = self._down if half_duplex else OwnChannel()
         self._jitter, self._ping_jitter = Random(f"{seed}/requests"), Random(f"{seed}/pings")
         self._free_s = float("-inf")  # when the processor is
         self._last_s = float("-inf")  # when the last reply leaves
@@ -107,13 +89,12 @@ class Emulator:
         down_s = link.down_ms(exchange.down_bytes) / 1e3 if link is not None else 0.0
         up_s = link.up_ms(exchange.up_bytes) / 1e3 if link is not None else 0.0
         way_s = self._round_trip_s(exchange.real_round_trip_ms) / 2
-        self._down.forget_before(exchange.arrived_s)
-        self._up.forget_before(exchange.arrived_s)
-        sent_s = self._down.reserve(exchange.arrived_s, down_s)
+        now_s = exchange.arrived_s
+        sent_s = self._down.reserve(now_s, now_s, down_s)
         received_s = sent_s + down_s + way_s
         started_s = max(received_s, self._free_s)
         self._free_s = max(started_s + exchange.service_ms / 1e3, exchange.done_s)
-        answered_s = self._up.reserve(self._free_s, up_s)
+        answered_s = self._up.reserve(now_s, self._free_s, up_s)
         self._last_s = max(self._last_s, answered_s + up_s + way_s + self._draw_s(self._jitter))
         waited_s = (sent_s - exchange.arrived_s) + (started_s - received_s) + (answered_s - self._free_s)
         return Release(self._last_s, round(1e6 * waited_s), round(1e6 * (self._free_s - started_s)))
@@ -225,23 +206,34 @@ def emulated_profile(options: EmulationOptions, manifest: DeviceManifest, measur
         origin="emulated",
         sources=(),
         emulated=Emulated(
-            options.device, link.name if link else None, options.seed, shape.d_model, shape.d_ff, precision
+            options.device,
+            link.name if link is not None else None,
+            options.seed,
+            shape.d_model,
+            shape.d_ff,
+            precision,
+            shared=link is not None and link.half_duplex and options.channel is not None,
         ),
         row_link_ms=link.down_ms(row_bytes) + link.up_ms(row_bytes) if link is not None else 0.0,
     )
 
 
-def make_air(profile: DeviceProfile, name: str) -> Air:
+def make_air(profile: DeviceProfile, name: str, channel: Path | None = None) -> Air:
     """Make what holds the replies of an emulated device.
 
     Args:
         profile: of `emulated_profile`.
         name: of the device; with the seed it decides the jitter, so that two devices do not draw the same.
+        channel: see `EmulationOptions`.
+
+    Raises:
+        WdmoeError: the channel is none.
     """
     emulated = profile.emulated
     assert emulated is not None
     link = modelled_link(emulated.link) if emulated.link is not None else None
-    return Air(Emulator(link, f"{emulated.seed}/{name}"), profile, emulated.d_model / profile.d_model)
+    shared = SharedChannel(channel) if channel is not None else None
+    return Air(Emulator(link, f"{emulated.seed}/{name}", shared), profile, emulated.d_model / profile.d_model)
 
 
 def warn_if_slower(measured: DeviceProfile, emulated: DeviceProfile, say: Callable[[str], None]) -> None:

@@ -6,6 +6,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -43,7 +44,11 @@ def run(config: DeviceConfig) -> int:
     if config.name is not None or config.enrol is not None:
         option = "--name" if config.name is not None else "--enrol"
         raise ValueError(f"{option} is for one device, {config.bundle} holds {len(folders)}; give one device-K folder")
-    return _serve_each(config, folders)
+    with tempfile.TemporaryDirectory(prefix="wdmoe-channel-") as scratch:
+        if config.link is not None and config.channel is None:
+            # Devices of one bundle are in one place: on a radio they share its channel.
+            config = replace(config, channel=Path(scratch) / "channel")
+        return _serve_each(config, folders)
 
 
 def device_folders(bundle: Path) -> list[Path]:
@@ -114,7 +119,7 @@ def serve_folder(config: DeviceConfig) -> int:
 
 def _start_emulation(config: DeviceConfig, profile: DeviceProfile, name: str) -> tuple[Air, LoopbackMeter | None]:
     """Make what holds replies back; with an emulated link on loopback, also what measures the real one."""
-    air = make_air(profile, name)
+    air = make_air(profile, name, config.channel)
     curve = ", ".join(f"{point.tokens}: {point.p50_ms:.2f}" for point in profile.points)
     say_to_stderr(f"{name}: {profile.emulated}; ms per expert call by tokens: {curve}")
     if config.link is None:
@@ -168,5 +173,6 @@ def _command(config: DeviceConfig) -> list[str]:
         options += ["--link", config.link] if config.link is not None else []
         shape = config.cost_shape
         options += ["--cost-shape", f"{shape.d_model}x{shape.d_ff}"] if shape is not None else []
+        options += ["--channel", str(config.channel)] if config.channel is not None else []
         options += ["--cost-precision", config.cost_precision] if config.cost_precision is not None else []
     return [sys.executable, "-c", entry, *options]

@@ -54,10 +54,11 @@ class Emulated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     d_model: Count
     d_ff: Count
     precision: str
+    shared: bool = False  # whether the link's channel is shared with other emulated devices
 
     def __str__(self) -> str:
         """Say it in one line, as reports do."""
-        link = f" over {self.link}" if self.link is not None else ""
+        link = f" over {'shared ' if self.shared else ''}{self.link}" if self.link is not None else ""
         return f"emulated {self.device}{link}, charged as {self.d_model}x{self.d_ff} {self.precision}"
 
 

@@ -30,6 +30,7 @@ def test_help_shows_defaults_and_an_example() -> None:
         (["--emulate", "orin-mega"], 2, "orin-nano-8gb"),
         (["--emulate", "orin-nx-8gb", "--link", "string"], 2, "wifi-5ghz-far"),
         (["--emulate", "orin-nx-8gb", "--cost-shape", "4096"], 2, "'4096' is not D_MODELxD_FF"),
+        (["--emulate", "orin-nx-8gb", "--channel", "c"], 2, "--channel is of an emulated link; give --link as well"),
         (["--link", "wifi-6"], 2, "--link is for an emulated device; give --emulate as well"),
     ],
 )
@@ -77,3 +78,5 @@ def test_the_processes_of_a_whole_bundle_are_told_what_to_emulate() -> None:
     line = " ".join(_command(config))
     assert "--emulate orin-nx-8gb --seed 3 --link wifi-6 --cost-shape 64x96 --cost-precision int4" in line
     assert "--emulate" not in _command(DeviceConfig())
+    shared = _command(DeviceConfig(emulate="orin-nx-8gb", link="wifi-6", channel=Path("c")))
+    assert shared[-2:] == ["--channel", "c"]

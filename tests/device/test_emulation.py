@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import msgspec
@@ -14,9 +13,9 @@ import pytest
 from inprocess import make_service
 
 from wdmoe.bs.latency import LatencyTracker
+from wdmoe.device.channels import SharedChannel
 from wdmoe.device.emulation import (
     Air,
-    Channel,
     EmulationOptions,
     Emulator,
     Exchange,
@@ -124,19 +123,15 @@ def test_jitter_has_its_mean_and_comes_from_the_seed_alone() -> None:
     assert times("7/device-1") != drawn
 
 
-@pytest.mark.parametrize("half_duplex", [True, False])
-def test_a_channel_never_carries_two_at_a_time(half_duplex: bool) -> None:
-    rng = np.random.default_rng(0)
-    channel, taken, now_s = Channel(), [], 0.0
-    for _ in range(300):
-        now_s += float(rng.exponential(1.0))
-        channel.forget_before(now_s)
-        duration_s, ready_s = float(rng.exponential(0.6)), now_s + float(rng.exponential(2.0))
-        start_s = channel.reserve(ready_s, duration_s)
-        assert start_s >= ready_s
-        taken.append((start_s, start_s + duration_s))
-    taken.sort()
-    assert all(one[1] <= other[0] + 1e-9 for one, other in pairwise(taken))
+def test_devices_on_one_channel_wait_for_each_other_and_on_a_cable_they_do_not(tmp_path: Path) -> None:
+    def second(half_duplex: bool) -> tuple[object, float, float]:
+        path = tmp_path / f"channel-{half_duplex}"
+        one, other = (Emulator(wire(half_duplex), name, SharedChannel(path)) for name in "ab")
+        one.release(exchange(0, 4, 1, 10))
+        return decided(other, exchange(1, 2, 1, 10))[0]
+
+    assert second(True) == (4 + 2 + 1 + 10 + 1 + 1, 3, 10)
+    assert second(False) == (1 + 2 + 1 + 10 + 1 + 1, 0, 10)
 
 
 @pytest.fixture
@@ -164,6 +159,9 @@ def test_an_emulated_device_says_so_and_keeps_the_shape_of_its_slice(service: De
     assert profile.origin == "emulated" and "emulated on" in profile.device
     assert str(profile.emulated) == "emulated orin-nano-8gb over wifi-5ghz-mid, charged as 4096x14336 int4"
     assert (profile.d_model, profile.d_ff) == (service.manifest.model.d_model, service.manifest.model.d_ff)
+    assert profile.emulated is not None and not profile.emulated.shared
+    shared = emulated_profile(replace(options, channel=Path("c")), service.manifest, service.profile)
+    assert "over shared wifi-5ghz-mid" in str(shared.emulated)
     assert profile.points == modelled.points and profile.row_link_ms == pytest.approx(2 * 8192 * 8e-3 / 234)
 
 
