@@ -62,7 +62,7 @@ def run(
     with reported_errors():
         from wdmoe.bs.evaluation import load_task
         from wdmoe.bs.experiment import Pair, PolicyRun, run_policies
-        from wdmoe.bs.results import describe_run, describe_station, reusable_runs
+        from wdmoe.bs.results import describe_run, describe_station, link_words, reusable_runs
         from wdmoe.bs.station import open_station
         from wdmoe.bs.tables import policy_tables, time_table
 
@@ -98,6 +98,5 @@ def run(
         if json_path is not None and kept is None:
             write_json(json_path, result)
             return
-        link = f"{result['link']['kind']} ({result['link']['wire']})"
-        print_table(policy_tables(runs, link, len(result["devices"])))
+        print_table(policy_tables(runs, link_words(result), len(result["devices"])))
         print_table(time_table(runs))

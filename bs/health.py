@@ -42,6 +42,7 @@ def snapshot(hub: Hub, pipeline: Pipeline, manifest: BsManifest) -> dict[str, An
             "round_trip_ms": device.latency.model().round_trip_ms,
             "correction": device.latency.model().correction,
             "experts": len(device.experts),
+            "emulated": str(device.latency.profile.emulated or ""),
         }
         for name, device in sorted(hub.devices.items())
     ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from statistics import median
 
 import numpy as np
@@ -23,15 +23,18 @@ class DeviceLatency:
     curve: tuple[tuple[int, float], ...]  # (tokens, ms per expert call), monotone
     round_trip_ms: float
     correction: float = 1.0  # measured over predicted, median of the last requests
+    row_link_ms: float = 0.0  # what each row adds on a link whose rate is known, there and back
 
-    def request_ms(self, counts: Iterable[int]) -> float:
+    def request_ms(self, counts: Sequence[int], rows: int | None = None) -> float:
         """Predict a request that calls one expert after another.
 
         Args:
             counts: rows of each expert called.
+            rows: that travel; None: no row is used by two experts.
         """
         compute_ms = sum(interpolate(self.curve, count) for count in counts)
-        return (self.round_trip_ms + compute_ms) * self.correction
+        link_ms = self.row_link_ms * (sum(counts) if rows is None else rows)
+        return (self.round_trip_ms + link_ms + compute_ms) * self.correction
 
 
 def row_ms(
@@ -68,9 +71,9 @@ class LatencyTracker:
         self.round_trip_ms = min(self.round_trip_ms, measured_ms) if self.round_trip_ms else measured_ms
         self._model = None
 
-    def observe_request(self, counts: Sequence[int], measured_ms: float) -> None:
-        """Take what a request really took."""
-        uncorrected = DeviceLatency(self.model().curve, self.round_trip_ms).request_ms(counts)
+    def observe_request(self, counts: Sequence[int], measured_ms: float, rows: int | None = None) -> None:
+        """Take what a request really took; see `DeviceLatency.request_ms`."""
+        uncorrected = replace(self.model(), correction=1.0).request_ms(counts, rows)
         if uncorrected > 0:
             low, high = _CORRECTION_RANGE
             self.ratios.append(min(high, max(low, measured_ms / uncorrected)))
@@ -80,5 +83,5 @@ class LatencyTracker:
         """Return the model as it stands now."""
         if self._model is None:
             correction = median(self.ratios) if self.ratios else 1.0
-            self._model = DeviceLatency(self.profile.curve(), self.round_trip_ms, correction)
+            self._model = DeviceLatency(self.profile.curve(), self.round_trip_ms, correction, self.profile.row_link_ms)
         return self._model

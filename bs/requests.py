@@ -188,7 +188,8 @@ class Requests:
         took_ms = (self._hub.clock.now_s() - pending.sent_s) * 1e3
         tracker = self._hub.devices[name].latency
         # What it waited behind other requests says nothing about the device.
-        tracker.observe_request(pending.shipment.request.counts, took_ms - header.queue_us / 1e3)
+        request = pending.shipment.request
+        tracker.observe_request(request.counts, took_ms - header.queue_us / 1e3, request.rows)
         self.fleet.on_good_answer(name, tracker.model().correction)
         want.record.bytes_up += message_bytes(message)
         want.record.device_ms = max(want.record.device_ms, header.compute_us / 1e3)
@@ -348,7 +349,7 @@ class Requests:
         number = self._new_id()
         message = Message(msgspec.structs.replace(part.request, request_id=number), part.packed)
         device, now_s = self._hub.devices[part.device], self._hub.clock.now_s()
-        predicted_ms = device.latency.model().request_ms(part.request.counts)
+        predicted_ms = device.latency.model().request_ms(part.request.counts, part.request.rows)
         p95_s = (
             min(WORST_TAIL, device.latency.profile.tail_ratio)
             * (predicted_ms + sum(p.predicted_ms for p in self._of(part.device)))

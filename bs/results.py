@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -20,6 +21,7 @@ from wdmoe.bs.hub import Hub
 from wdmoe.bs.quality import Criterion, Finished, Quality, QualityBar, judge
 from wdmoe.bs.records import Summary
 from wdmoe.bs.station import Station
+from wdmoe.profiles.device_profile import Emulated
 from wdmoe.runtime.links import is_loopback
 
 RUN_FORMAT, RUN_VERSION = "wdmoe-run", 2
@@ -38,6 +40,7 @@ def describe_run(station: Station, runs: Iterable[PolicyRun], command: str) -> d
 def describe_station(station: Station, command: str) -> dict[str, Any]:
     """Say what ran, where and with whom: the head of every result."""
     model, config = station.manifest.model, station.config
+    devices = [describe_device(station.hub, name) for name in sorted(station.hub.devices)]
     return {
         "wdmoe": version("wdmoe"),
         "command": command,
@@ -54,11 +57,12 @@ def describe_station(station: Station, command: str) -> dict[str, Any]:
             "kind": "loopback" if is_loopback(config.listen) else "network",
             "wire": config.wire,
             "encrypted": config.encrypted,
+            "emulated": sorted({device["emulated"]["link"] or "none" for device in devices if device["emulated"]}),
         },
         "in_flight": config.in_flight,
         "batch": config.batch,
         "threads": config.threads,
-        "devices": [describe_device(station.hub, name) for name in sorted(station.hub.devices)],
+        "devices": devices,
     }
 
 
@@ -95,10 +99,28 @@ def describe_device(hub: Hub, name: str) -> dict[str, Any]:
         "engine": profile.engine,
         "precision": profile.precision,
         "origin": profile.origin,
+        "emulated": None if profile.emulated is None else msgspec.to_builtins(profile.emulated),
         "round_trip_ms": latency.round_trip_ms,
         "correction": latency.correction,
         "call_ms": {str(tokens): ms for tokens, ms in latency.curve},
     }
+
+
+def link_words(result: dict[str, Any]) -> str:
+    """Say in a few words over what a run went, and what of it was emulated.
+
+    Args:
+        result: of `describe_station`.
+    """
+    link = result["link"]
+    words = f"{link['kind']} ({link['wire']})"
+    emulated = Counter(emulated_words(device) for device in result["devices"] if device["emulated"])
+    return ", ".join([words, *(f"{count} {what}" for what, count in emulated.items())])
+
+
+def emulated_words(device: dict[str, Any]) -> str:
+    """Say what a device of `describe_device` pretends to be; nothing if it is what it is."""
+    return "" if device["emulated"] is None else str(msgspec.convert(device["emulated"], Emulated))
 
 
 def read_runs(path: Path, now: dict[str, Any]) -> tuple[list[PolicyRun], str | None]:
@@ -197,7 +219,16 @@ def circumstances(result: dict[str, Any]) -> dict[str, Any]:
         "batch": result["batch"],
         "threads": result["threads"],
         "devices": [
-            " ".join((device["name"], device["engine"], device["precision"], "on", device["hardware"]))
+            " ".join(
+                (
+                    device["name"],
+                    device["engine"],
+                    device["precision"],
+                    "on",
+                    device["hardware"],
+                    emulated_words(device),
+                )
+            )
             for device in result["devices"]
         ],
     }

@@ -10,7 +10,7 @@ from pathlib import Path
 from wdmoe.bs.config import StationConfig
 from wdmoe.bs.health import serve_health, snapshot
 from wdmoe.bs.held import HeldExperts
-from wdmoe.bs.hub import Hub
+from wdmoe.bs.hub import Device, Hub
 from wdmoe.bs.pipeline import Outcome, Pipeline
 from wdmoe.bs.roster import BS_KEY_NAME, ROSTER_NAME, FileRoster
 from wdmoe.bs.stages import Stages
@@ -66,7 +66,7 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
         waiting = ", ".join(f"device-{k}" for k in hub.missing_devices())
         say(f"waiting up to {config.wait_s:g} s for {waiting}")
         hub.wait_for_devices(config.wait_s)
-        say(f"connected: {', '.join(sorted(hub.devices))}")
+        say(f"connected: {', '.join(map(_introduced, sorted(hub.devices.items())))}")
 
         def make_worker(wake: Callable[[], None]) -> Worker[Outcome]:
             return ThreadWorker("stages", wake)
@@ -79,6 +79,12 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
                 url = stack.enter_context(serve_health(config.health, lambda: snapshot(hub, pipeline, manifest)))
                 say(f"health at {url}")
             yield Station(config, folder, manifest, hub, pipeline)
+
+
+def _introduced(named: tuple[str, Device]) -> str:
+    name, device = named
+    emulated = device.latency.profile.emulated
+    return name if emulated is None else f"{name} ({emulated})"
 
 
 def _held(config: StationConfig, folder: Path, manifest: BsManifest) -> HeldExperts | None:

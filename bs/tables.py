@@ -13,6 +13,7 @@ from rich.text import Text
 
 from wdmoe.bs.experiment import PolicyRun
 from wdmoe.bs.quality import PERPLEXITY_SET, Quality, QualityBar, judge
+from wdmoe.bs.results import emulated_words
 
 _CALL_ROWS = (1, 16, 256)
 _COSTS = ("p50", "p95", "wait", "MB down", "up", "drop", "theta")
@@ -166,12 +167,15 @@ def device_table(devices: Sequence[dict[str, Any]], missing: Sequence[int]) -> G
             device["name"],
             str(device["experts"]),
             f"{device['engine']} {device['precision']}",
-            device["hardware"],
+            f"emulated {device['emulated']['device']}" if device["emulated"] else device["hardware"],
             f"{device['round_trip_ms']:.2f}",
             *(f"{calls[str(rows)]:.2f}" if str(rows) in calls else "-" for rows in _CALL_ROWS),
         )
     rows = ", ".join(map(str, _CALL_ROWS))
-    return _with_note(title, table, f"rtt: round trip, ms; then measured ms of one expert call with {rows} rows")
+    origins = " or ".join(sorted({device["origin"] for device in devices})) or "measured"
+    notes = [f"rtt: round trip, ms; then {origins} ms of one expert call with {rows} rows"]
+    notes += [f"{device['name']}: {emulated_words(device)}" for device in devices if device["emulated"]]
+    return _with_note(title, table, "\n".join(notes))
 
 
 def _to_exact(run: PolicyRun) -> str:

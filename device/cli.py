@@ -7,7 +7,10 @@ from typing import Any
 
 import click
 
+from wdmoe.device.cli_tools import bench, info, profile, read_shape, reported_errors
 from wdmoe.device.config import DeviceConfig
+from wdmoe.profiles.link_profile import link_names
+from wdmoe.profiles.modelled import PRECISIONS, hardware_names
 
 _DEFAULTS = DeviceConfig()
 _EPILOG = """\b
@@ -15,10 +18,13 @@ Examples:
   wdmoe-device                                              # all devices of ./bundle, BS on this machine
   wdmoe-device --bundle wdmoe/ --bs tcp://10.0.0.1:5555     # one device folder, on a Jetson
   wdmoe-device --bundle wdmoe/ --bs tcp://10.0.0.1:5555 --enrol wdmoe1.XXXX      # the first time
+  wdmoe-device info                                         # what this machine is and what is missing on it
+  wdmoe-device bench --bundle wdmoe/ --json here.json       # its full latency profile
+  wdmoe-device --emulate orin-nano-8gb --link wifi-5ghz --cost-shape 4096x14336  # as slow as that, on a laptop
 """
 
 
-@click.command(epilog=_EPILOG, context_settings={"show_default": True})
+@click.group(invoke_without_command=True, epilog=_EPILOG, context_settings={"show_default": True})
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
@@ -38,20 +44,43 @@ Examples:
 @click.option("--insecure", is_flag=True, help="Do not encrypt although the base station is on the network.")
 @click.option("--encrypt", is_flag=True, help="Encrypt although the base station is on this machine.")
 @click.option("--keys", type=click.Path(path_type=Path), default=_DEFAULTS.keys, help="Folder of this device's keys.")
+@click.option("--emulate", type=click.Choice(hardware_names()), help="Answer as late as this modelled device would.")
+@click.option("--link", type=click.Choice(link_names()), help="With --emulate: and over this modelled link.")
+@click.option("--seed", type=int, default=_DEFAULTS.seed, help="With --emulate: of the link's jitter.")
+@click.option(
+    "--cost-shape",
+    metavar="DxF",
+    callback=read_shape,
+    help="With --emulate: charge time and bytes as if experts were of this shape, such as 4096x14336.",
+)
+@click.option("--cost-precision", type=click.Choice(PRECISIONS), help="With --emulate: and in this precision.")
+@click.option(
+    "--channel",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --link over WiFi: devices that are given the same file share one radio channel.  "
+    "[default: one for all devices of a whole bundle]",
+)
 @click.version_option(package_name="wdmoe")
-def main(**options: Any) -> None:
+@click.pass_context
+def main(context: click.Context, /, **options: Any) -> None:
     """Serve the experts of a bundle to a base station.
 
     Verifies the folder, checks the engine against the golden outputs, measures a latency profile, then dials
     the base station and serves until Ctrl-C. Reconnects by itself.
     """
-    from wdmoe.device.main import run
-    from wdmoe.runtime.errors import WdmoeError
+    if context.invoked_subcommand is not None:
+        given = [n for n in options if context.get_parameter_source(n) is click.core.ParameterSource.COMMANDLINE]
+        if given:
+            option = given[0].replace("_", "-")
+            raise click.UsageError(f"--{option} does not go before the command {context.invoked_subcommand}")
+        return
+    with reported_errors():
+        from wdmoe.device.main import run
 
-    try:
         code = run(DeviceConfig(**options))
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
-    except WdmoeError as error:
-        raise click.ClickException(str(error)) from error
     raise SystemExit(code)
+
+
+main.add_command(bench)
+main.add_command(info)
+main.add_command(profile)

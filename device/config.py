@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from wdmoe.device.emulation import EmulationOptions
+from wdmoe.profiles.link_profile import modelled_link
+from wdmoe.profiles.modelled import ExpertShape, memory_bytes
 from wdmoe.runtime.keys import decode_token, default_keys_dir
 from wdmoe.runtime.links import is_loopback
 from wdmoe.runtime.messages import NAME_PATTERN
@@ -24,6 +27,12 @@ class DeviceConfig:
     insecure: bool = False  # do not encrypt although the base station is on the network
     encrypt: bool = False  # encrypt although it is on this machine
     keys: Path = field(default_factory=default_keys_dir)
+    emulate: str | None = None  # a modelled device to pretend to be; what follows is for it alone
+    link: str | None = None  # a modelled link
+    seed: int = 0  # of the jitter
+    cost_shape: ExpertShape | None = None  # what time is charged for; None: the slice as it is
+    cost_precision: str | None = None
+    channel: Path | None = None  # a file: devices that are given the same one share the link's channel
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -37,6 +46,23 @@ class DeviceConfig:
             raise ValueError("--insecure contradicts --encrypt and --enrol")
         if self.enrol is not None:
             decode_token(self.enrol)
+        if self.emulate is None:
+            for name in ("link", "cost_shape", "cost_precision", "channel"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"--{name.replace('_', '-')} is for an emulated device; give --emulate as well")
+        else:
+            memory_bytes(self.emulate)  # both raise if there is no such thing
+            if self.link is not None:
+                modelled_link(self.link)
+            elif self.channel is not None:
+                raise ValueError("--channel is of an emulated link; give --link as well")
+
+    @property
+    def emulation(self) -> EmulationOptions | None:
+        """What to pretend to be, if anything."""
+        if self.emulate is None:
+            return None
+        return EmulationOptions(self.emulate, self.link, self.seed, self.cost_shape, self.cost_precision, self.channel)
 
     @property
     def encrypted(self) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from wdmoe.device.benching import software_of
+from wdmoe.device.machine import hardware_name
 from wdmoe.profiles.device_profile import VERSION, DeviceProfile, Point
 from wdmoe.runtime.engines import ENGINES, ExpertEngine, load_engine
 from wdmoe.runtime.errors import BundleError, EngineError
@@ -117,25 +117,13 @@ def quick_profile(engine: ExpertEngine, manifest: DeviceManifest) -> DeviceProfi
     return DeviceProfile(
         VERSION,
         device=hardware_name(),
-        software=f"{engine.name} {engine.version}, Python {platform.python_version()}, {platform.system()}",
+        software=software_of(engine),
         engine=engine.name,
         precision=manifest.precision,
         d_model=model.d_model,
         d_ff=model.d_ff,
         points=tuple(points),
     )
-
-
-def hardware_name() -> str:
-    """Name this machine: the module of a Jetson, else the processor."""
-    tree = Path("/proc/device-tree/model")
-    if tree.exists():
-        return tree.read_text(errors="replace").rstrip("\0").strip()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor() or platform.machine()
-    return f"{processor}, {os.cpu_count()} CPUs"
 
 
 def engine_names(choice: str) -> tuple[str, ...]:

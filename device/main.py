@@ -6,6 +6,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -13,14 +14,17 @@ from pathlib import Path
 from types import FrameType
 
 from wdmoe.device.config import DeviceConfig
+from wdmoe.device.emulation import Air, emulated_profile, make_air, warn_if_slower
 from wdmoe.device.enrolment import enrol, enrolled_keys, keys_to_enrol
 from wdmoe.device.loading import choose_engine, engine_names, quick_profile, say_to_stderr
+from wdmoe.device.loopback import LoopbackMeter
 from wdmoe.device.service import DeviceService
 from wdmoe.device.serving import serve
+from wdmoe.profiles.device_profile import DeviceProfile
 from wdmoe.runtime.clock import RealClock
 from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.keys import decode_token
-from wdmoe.runtime.links import dial
+from wdmoe.runtime.links import dial, is_loopback
 from wdmoe.runtime.manifest import MANIFEST_NAME, DeviceManifest, read_manifest, verify_files
 from wdmoe.runtime.messages import MAX_ROWS, Message
 from wdmoe.runtime.worker import ThreadWorker
@@ -40,7 +44,11 @@ def run(config: DeviceConfig) -> int:
     if config.name is not None or config.enrol is not None:
         option = "--name" if config.name is not None else "--enrol"
         raise ValueError(f"{option} is for one device, {config.bundle} holds {len(folders)}; give one device-K folder")
-    return _serve_each(config, folders)
+    with tempfile.TemporaryDirectory(prefix="wdmoe-channel-") as scratch:
+        if config.link is not None and config.channel is None:
+            # Devices of one bundle are in one place: on a radio they share its channel.
+            config = replace(config, channel=Path(scratch) / "channel")
+        return _serve_each(config, folders)
 
 
 def device_folders(bundle: Path) -> list[Path]:
@@ -75,6 +83,11 @@ def serve_folder(config: DeviceConfig) -> int:
     profile = quick_profile(engine, manifest)
     curve = ", ".join(f"{point.tokens}: {point.p50_ms:.2f}" for point in profile.points)
     say_to_stderr(f"{name}: measured ms per expert call by tokens: {curve}")
+    air = meter = None
+    if config.emulation is not None:
+        measured, profile = profile, emulated_profile(config.emulation, manifest, profile)
+        warn_if_slower(measured, profile, lambda t: say_to_stderr(f"{name}: {t}"))
+        air, meter = _start_emulation(config, profile, name)
     clock = RealClock()
     token = decode_token(config.enrol) if config.enrol is not None else None
     own = bs_public = None
@@ -94,12 +107,30 @@ def serve_folder(config: DeviceConfig) -> int:
             enrol(link, clock, config.keys, name, token, say_to_stderr, manifest.model.d_model)
         signal.signal(signal.SIGINT, stop_serving)
         signal.signal(signal.SIGTERM, stop_serving)
-        serve(service, link, worker, stop, say_to_stderr)
+        serve(service, link, worker, stop, say_to_stderr, air)
     finally:
+        if meter is not None:
+            meter.close()
         worker.close()
         link.close()
     say_to_stderr(f"{name}: stopped after {service.requests} requests")
     return 0
+
+
+def _start_emulation(config: DeviceConfig, profile: DeviceProfile, name: str) -> tuple[Air, LoopbackMeter | None]:
+    """Make what holds replies back; with an emulated link on loopback, also what measures the real one."""
+    air = make_air(profile, name, config.channel)
+    curve = ", ".join(f"{point.tokens}: {point.p50_ms:.2f}" for point in profile.points)
+    say_to_stderr(f"{name}: {profile.emulated}; ms per expert call by tokens: {curve}")
+    if config.link is None:
+        return air, None
+    if not is_loopback(config.bs):
+        say_to_stderr(f"{name}: {config.link} is added to the real link to {config.bs}")
+        return air, None
+    meter = LoopbackMeter()
+    air.real_round_trip_ms, air.real_best_ms = (lambda: meter.round_trip_ms), (lambda: meter.best_ms)
+    say_to_stderr(f"{name}: {config.link} stands in place of loopback, which takes {meter.round_trip_ms:.2f} ms now")
+    return air, meter
 
 
 def _serve_each(config: DeviceConfig, folders: list[Path]) -> int:
@@ -137,4 +168,11 @@ def _command(config: DeviceConfig) -> list[str]:
     options = ["--bundle", str(config.bundle), "--bs", config.bs, "--engine", config.engine]
     options += ["--threads", str(config.threads), "--keys", str(config.keys)]
     options += ["--insecure"] * config.insecure + ["--encrypt"] * config.encrypt
+    if config.emulate is not None:
+        options += ["--emulate", config.emulate, "--seed", str(config.seed)]
+        options += ["--link", config.link] if config.link is not None else []
+        shape = config.cost_shape
+        options += ["--cost-shape", f"{shape.d_model}x{shape.d_ff}"] if shape is not None else []
+        options += ["--channel", str(config.channel)] if config.channel is not None else []
+        options += ["--cost-precision", config.cost_precision] if config.cost_precision is not None else []
     return [sys.executable, "-c", entry, *options]

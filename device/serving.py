@@ -6,10 +6,11 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from wdmoe.device.emulation import Air
 from wdmoe.device.service import HELLO_EVERY_S, DeviceService
 from wdmoe.runtime.errors import ProtocolError, WdmoeError
 from wdmoe.runtime.links import BS, Link, Parcel
-from wdmoe.runtime.messages import Goodbye, Message, decode, encode
+from wdmoe.runtime.messages import ExpertRequest, Goodbye, Message, decode, encode
 from wdmoe.runtime.worker import Worker
 
 _HINT_AFTER_S = 15.0
@@ -24,6 +25,7 @@ def serve(
     worker: Worker[Message],
     stop: threading.Event,
     say: Callable[[str], None],
+    air: Air | None = None,
 ) -> None:
     """Serve until `stop` is set, then say goodbye.
 
@@ -33,6 +35,7 @@ def serve(
         worker: runs what takes long, so that pings are answered meanwhile.
         stop: set by a signal handler, which also wakes the link.
         say: told when the base station comes and goes.
+        air: holds what an emulated device says; None: this device is what it is, and answers at once.
 
     Raises:
         WdmoeError: the base station refused this device for good; the text is the base station's.
@@ -57,17 +60,28 @@ def serve(
             redial_s = service.clock.now_s() + _REDIAL_AFTER_S
             link.redial()
         outgoing += service.on_tick()
-        inbox += link.exchange([Parcel(BS, encode(message)) for message in outgoing], 0.0 if inbox else HELLO_EVERY_S)
+        wait_s = 0.0 if inbox else HELLO_EVERY_S
+        if air is not None:
+            now_s = service.clock.now_s()
+            outgoing += air.due(now_s)
+            wait_s = air.wait_s(now_s, wait_s)
+        inbox += link.exchange([Parcel(BS, encode(message)) for message in outgoing], wait_s)
+        arrived_s = service.clock.now_s()
         outgoing = []
         while inbox:
+            frames = inbox.popleft().frames
             try:
-                message = decode(inbox.popleft().frames, service.manifest.model.d_model)
+                message = decode(frames, service.manifest.model.d_model)
             except ProtocolError as error:
                 outgoing += service.on_malformed(error)
                 continue
             answers, job = service.on_message(message)
-            outgoing += answers
-            if job is not None and (with_worker or job.expected_ms > _SHORT_MS):
+            outgoing += answers if air is None else air.hold(answers, arrived_s)
+            # While this thread computes, nothing that is held can leave in time.
+            if job is not None and (with_worker or job.expected_ms > _SHORT_MS or air is not None):
+                if air is not None:
+                    assert isinstance(message.header, ExpertRequest)
+                    air.start(message.header, frames, arrived_s)
                 worker.submit(job.run)
                 with_worker += 1
             elif job is not None:
@@ -75,8 +89,11 @@ def serve(
                 break  # this answer does not wait for the next to be computed
         for done in worker.finished():
             assert done.result is not None, done.error
-            outgoing.append(done.result)
             with_worker -= 1
+            if air is None:
+                outgoing.append(done.result)
+            else:
+                air.finish(done.result, service.clock.now_s())
         if service.notice != notice:
             notice = service.notice
             if notice is not None:

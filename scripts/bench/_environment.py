@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from wdmoe.device.loading import hardware_name
+from wdmoe.device.machine import hardware_name
 
 
 def environment(packages: Sequence[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -11,6 +12,15 @@ PROFILE = DeviceProfile(VERSION, "d", "s", "numpy", "fp32", 8, 16, (Point(1, 1.0
 
 def test_a_request_takes_the_round_trip_and_each_expert_in_turn() -> None:
     assert DeviceLatency(PROFILE.curve(), 0.5).request_ms([1, 6]) == pytest.approx(0.5 + 1.0 + 1.5)
+
+
+def test_on_a_link_of_known_rate_each_row_adds_its_time() -> None:
+    link = DeviceLatency(PROFILE.curve(), 0.5, row_link_ms=0.25)
+    assert link.request_ms([1, 6]) == pytest.approx(0.5 + 1.0 + 1.5 + 7 * 0.25)
+    assert link.request_ms([1, 6], rows=6) == pytest.approx(0.5 + 1.0 + 1.5 + 6 * 0.25)
+    tracker = LatencyTracker(msgspec.structs.replace(PROFILE, row_link_ms=0.25), round_trip_ms=0.5)
+    tracker.observe_request([1, 6], 9.0, rows=6)
+    assert tracker.model().correction == pytest.approx(2.0)
 
 
 def test_the_correction_follows_what_is_measured_and_shrugs_off_an_outlier() -> None:

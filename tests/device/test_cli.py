@@ -8,6 +8,8 @@ from click.testing import CliRunner
 
 from wdmoe.device.cli import main
 from wdmoe.device.config import DeviceConfig
+from wdmoe.device.main import _command
+from wdmoe.profiles.modelled import ExpertShape
 
 
 def test_help_shows_defaults_and_an_example() -> None:
@@ -25,6 +27,11 @@ def test_help_shows_defaults_and_an_example() -> None:
         (["--threads", "0"], 2, "--threads"),
         (["--engine", "gpu"], 2, "--engine"),
         (["--surprise"], 2, "No such option"),
+        (["--emulate", "orin-mega"], 2, "orin-nano-8gb"),
+        (["--emulate", "orin-nx-8gb", "--link", "string"], 2, "wifi-5ghz-far"),
+        (["--emulate", "orin-nx-8gb", "--cost-shape", "4096"], 2, "'4096' is not D_MODELxD_FF"),
+        (["--emulate", "orin-nx-8gb", "--channel", "c"], 2, "--channel is of an emulated link; give --link as well"),
+        (["--link", "wifi-6"], 2, "--link is for an emulated device; give --emulate as well"),
     ],
 )
 def test_a_users_mistake_gets_a_message_and_an_exit_code(
@@ -55,3 +62,21 @@ def test_a_name_for_several_devices_is_refused(bundle: Path) -> None:
 def test_a_config_is_checked_when_it_is_built() -> None:
     with pytest.raises(ValueError, match="expected 1 to 64 letters"):
         DeviceConfig(name="")
+
+
+def test_a_slice_that_the_emulated_device_could_not_hold_is_refused(bundle: Path) -> None:
+    options = ["--emulate", "orin-nano-8gb", "--cost-shape", "16384x53248"]
+    result = CliRunner().invoke(main, ["--bundle", str(bundle / "device-0"), *options])
+    assert result.exit_code == 1 and "orin-nano-8gb cannot hold this slice: 4 experts" in result.output
+    assert "--cost-precision int4" in result.output and "Traceback" not in result.output
+
+
+def test_the_processes_of_a_whole_bundle_are_told_what_to_emulate() -> None:
+    config = DeviceConfig(
+        emulate="orin-nx-8gb", link="wifi-6", seed=3, cost_shape=ExpertShape(64, 96), cost_precision="int4"
+    )
+    line = " ".join(_command(config))
+    assert "--emulate orin-nx-8gb --seed 3 --link wifi-6 --cost-shape 64x96 --cost-precision int4" in line
+    assert "--emulate" not in _command(DeviceConfig())
+    shared = _command(DeviceConfig(emulate="orin-nx-8gb", link="wifi-6", channel=Path("c")))
+    assert shared[-2:] == ["--channel", "c"]

@@ -20,6 +20,11 @@ def test_prediction_is_linear_between_points_and_keeps_the_last_slope(tokens: in
     assert profile((1, 1.0), (7, 4.0), (8, 5.0)).call_ms(tokens) == pytest.approx(expected_ms)
 
 
+def test_beyond_a_table_that_ends_flat_the_best_rate_is_the_roofline() -> None:
+    flat = profile((1, 2.0), (16, 2.0), (64, 2.0))
+    assert flat.call_ms(64) == 2.0 and flat.call_ms(128) == pytest.approx(4.0)
+
+
 def test_prediction_never_falls_with_more_tokens_even_if_the_measurement_did() -> None:
     noisy = profile((1, 1.0), (4, 0.7), (16, 3.0))
     times = [noisy.call_ms(tokens) for tokens in range(40)]
@@ -39,6 +44,11 @@ def test_a_profile_survives_write_and_read(tmp_path: Path) -> None:
 def test_points_out_of_order_are_refused() -> None:
     with pytest.raises(ValueError, match="must ascend"):
         profile((8, 1.0), (1, 5.0))
+
+
+def test_what_is_emulated_says_as_what_and_nothing_else_does() -> None:
+    with pytest.raises(ValueError, match="says what is emulated"):
+        DeviceProfile(VERSION, "d", "s", "numpy", "fp32", 8, 16, (Point(1, 1.0, 1.0),), origin="emulated")
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"version": 1}'])

@@ -1,0 +1,106 @@
+"""What `wdmoe-device info` says: what this machine is, what can run experts on it, and what is missing."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from wdmoe.device.machine import Machine, hardware_name
+from wdmoe.runtime.engines import ENGINES
+
+_JETPACK_6 = "JetPack 6 (Ubuntu 22.04, Python 3.10)"
+_JETPACK_7 = "JetPack 7 (Ubuntu 24.04, Python 3.12)"
+# library -> (what it is for, how to install it by JetPack's major version; "" is any other machine)
+_LIBRARIES: dict[str, tuple[str, dict[str, str]]] = {
+    "onnxruntime": (
+        "engine onnxruntime, on the CPU",
+        {
+            "6": f"{_JETPACK_6}: pip install 'wdmoe[cpu]' (1.23 is the last for Python 3.10)",
+            "7": f"{_JETPACK_7}: pip install 'wdmoe[cpu]' (not onnxruntime-gpu: its aarch64 wheel has no code for Orin)",
+            "": "pip install 'wdmoe[cpu]'",
+        },
+    ),
+    "tensorrt": (
+        "the GPU of a Jetson; no engine of this wdmoe uses it yet",
+        {
+            "6": f"{_JETPACK_6}: sudo apt install python3-libnvinfer (TensorRT 10.3), "
+            "and make the venv with --system-site-packages",
+            "7": f"{_JETPACK_7}: sudo apt install python3-libnvinfer (TensorRT 10.16; 11.4 from 7.2.2), "
+            "and make the venv with --system-site-packages",
+            "": "comes with JetPack on a Jetson, and is not needed elsewhere",
+        },
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """Something that runs experts, there or not."""
+
+    name: str
+    purpose: str
+    version: str | None  # None: it cannot be imported
+    problem: str  # why not
+    install: tuple[str, ...]  # on this machine; where it is no Jetson, on all
+
+
+def describe_machine(
+    machine: Machine, load: Callable[[str], Any] = importlib.import_module
+) -> tuple[dict[str, Any], list[Library]]:
+    """Look at a machine.
+
+    Args:
+        machine: which.
+        load: imports a library by name.
+
+    Returns:
+        What was found, as plain JSON values; and the libraries that engines need.
+    """
+    state = machine.state()
+    found = {
+        "hardware": hardware_name(machine),
+        "board": machine.board,
+        "processor": machine.processor,
+        "cpus": machine.cpus,
+        "memory_bytes": machine.memory_bytes,
+        "available_bytes": machine.available_bytes,
+        "l4t": machine.l4t,
+        "jetpack": machine.jetpack,
+        "python": platform.python_version(),
+        "power_mode": state.power_mode,
+        "jetson_clocks": state.jetson_clocks,
+        "clocks_mhz": state.clocks_mhz,
+        "throttled": [f"{name} holds clocks down (state {step})" for name, step in state.cooling.items()],
+        "engines": list(ENGINES),
+    }
+    libraries = [_library("numpy", "engine numpy, the reference: slow, always there", {}, machine, load)]
+    libraries += [_library(name, *what, machine, load) for name, what in _LIBRARIES.items()]
+    return found, libraries
+
+
+def advice(found: dict[str, Any]) -> list[str]:
+    """Say what would make a Jetson faster, or its timings steadier."""
+    if found["jetpack"] is None:
+        return []
+    lines: list[str] = []
+    if found["power_mode"] is not None and not found["power_mode"].startswith("MAXN"):
+        lines.append(f"power mode {found['power_mode']}: `sudo nvpmodel -q` lists faster ones, `-m N` chooses")
+    if found["jetson_clocks"] is False:
+        lines.append("clocks follow the load: `sudo jetson_clocks` holds them at their top")
+    return lines
+
+
+def _library(name: str, purpose: str, install: dict[str, str], machine: Machine, load: Callable[[str], Any]) -> Library:
+    version, problem = None, ""
+    try:
+        version = str(load(name).__version__)
+    except (ImportError, AttributeError, OSError) as error:  # OSError: a shared library of it is missing
+        problem = f"{type(error).__name__}: {error}"
+    if machine.jetpack in ("6", "7"):
+        lines = tuple(text for key, text in install.items() if key == machine.jetpack)
+    else:
+        lines = tuple(install.values())
+    return Library(name, purpose, version, problem, lines if version is None else ())

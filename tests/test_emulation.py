@@ -1,0 +1,59 @@
+"""Emulated devices as processes: they keep their profile, and every report says that they are emulated."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from processes import command, device_processes, free_address
+
+pytestmark = pytest.mark.slow
+
+BENCH = Path(__file__).parents[1] / "scripts" / "bench" / "emulation.py"
+EMULATE = ["--emulate", "orin-nx-16gb", "--link", "wifi-6", "--seed", 3, "--cost-shape", "1024x2048"]
+SAID = "emulated orin-nx-16gb over wifi-6-mid, charged as 1024x2048 fp16"
+
+
+def test_an_emulated_device_answers_when_its_profile_says_even_on_a_busy_machine() -> None:
+    # Long enough for a machine that is late by tens of milliseconds now and then; the bar of the bench itself is 5 %.
+    options = ["--link", "wifi-5ghz-far", "--tokens", "64", "--tokens", "128", "--seconds", "2", "--bar", "0.25"]
+    line = [sys.executable, str(BENCH), *options, "--json", "-"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["max_relative_error"] <= 0.25 and result["origin"] == "emulated"
+    assert [point["tokens"] for point in result["points"]] == [64, 128]
+    assert 0.75 < result["correction"]["wifi-5ghz-far"] < 1.25
+    for point in result["points"]:
+        assert point["measured_p05_ms"] > 0.97 * point["predicted_p50_ms"]  # the jitter: 2 of 119 ms
+
+
+def test_every_report_says_what_is_emulated(bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    address, path = free_address(), tmp_path / "run.json"
+    fixed = ["--bundle", bundle, "--listen", address, "--wait", 30]
+    with device_processes(bundle, address, EMULATE):
+        ran = [*fixed, "--dataset", "piqa-sample", "--policy", "exact", "--limit", 2, "--json", path]
+        done = subprocess.run(command("wdmoe-bs", "run", *ran), capture_output=True, text=True, timeout=90, check=False)
+        assert done.returncode == 0, done.stderr
+        listed = command("wdmoe-bs", "devices", *fixed)
+        table = subprocess.run(listed, capture_output=True, text=True, timeout=60, check=False)
+        as_json = subprocess.run([*listed, "--json"], capture_output=True, text=True, timeout=60, check=False)
+    report = json.loads(path.read_text())
+    for device in (*report["devices"], *json.loads(as_json.stdout)["devices"]):
+        assert device["origin"] == "emulated" and "(emulated on " in device["hardware"]
+        assert device["emulated"] == {
+            "device": "orin-nx-16gb", "link": "wifi-6-mid", "seed": 3, "d_model": 1024, "d_ff": 2048, "precision": "fp16",
+            "shared": False,
+        }  # fmt: skip
+        assert device["round_trip_ms"] > 1.8
+    assert report["link"]["emulated"] == ["wifi-6-mid"]
+    assert f"device-0 ({SAID})" in done.stderr
+    assert f"4 devices over loopback (fp16), 4 {SAID}" in " ".join(done.stdout.split())
+    assert table.returncode == 0 and f"device-3: {SAID}" in table.stdout and "emulated orin" in table.stdout
+    assert "then emulated ms of one expert call" in " ".join(table.stdout.split())
+    # Two blocks, and no question is answered in less than the two round trips of its microbatches.
+    assert report["results"][0]["latency_p50_ms"] > 2 * 2.0
