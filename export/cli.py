@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from wdmoe.export.bundle import ExportConfig, ExportPlan
     from wdmoe.export.placement import PlacementOptions
     from wdmoe.export.planning import DryRun
+    from wdmoe.runtime.manifest import Precision
 
 _INTERRUPTED = 130
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -88,8 +89,8 @@ def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Folder of the bundle.",
 )  # fmt: skip
 @click.option(
-    "--precision", type=click.Choice(["auto", "fp32", "fp16"]), default="auto", show_default=True,
-    help="Of the experts; auto: fp32 for a float32 checkpoint, else fp16.",
+    "--precision", type=click.Choice(["auto", "fp32", "fp16", "int8", "int4"]), default="auto", show_default=True,
+    help="Of the experts; auto: fp32 for a float32 checkpoint, else fp16. int8, int4: weights only.",
 )  # fmt: skip
 @click.option(
     "--clamp", is_flag=True,
@@ -106,7 +107,7 @@ def main(
     /,
     model: str | None,
     out: Path,
-    precision: Literal["auto", "fp32", "fp16"],
+    precision: Precision | Literal["auto"],
     clamp: bool,
     dry_run: bool,
     force: bool,
