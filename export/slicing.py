@@ -110,7 +110,7 @@ class ExpertStore:
                 outputs, exact = _answers_of_two(rows, *(self._quantised(part, writer, on_bytes) for part in parts))
                 losses.add_error(outputs, exact)
             else:
-                outputs = _answers(rows, *(self._floats(part, writer, losses, on_bytes) for part in parts))
+                outputs = answers_of(rows, *(self._floats(part, writer, losses, on_bytes) for part in parts))
             entry = writer.finish()
             writer.rename(self._folder / expert_file_name(entry.sha256))
         self._journal.add(self._key(block, expert), Finished(entry, losses))
@@ -179,7 +179,7 @@ class ExpertStore:
             if scales is not None:
                 digest.update(scales.reshape(-1).view(np.uint8).data)
 
-        outputs = _answers(rows, *map(read, parts))
+        outputs = answers_of(rows, *map(read, parts))
         if digest.hexdigest() != finished.entry.sha256:
             return None
         return ExpertFile(finished.entry, spans, outputs, finished.losses)
@@ -189,7 +189,7 @@ class ExpertStore:
         return f"{self._checkpoint.stamp} {how} {block} {expert}"
 
 
-def _answers(
+def answers_of(
     rows: FloatArray,
     gate: Iterator[npt.NDArray[Any]],
     up: Iterator[npt.NDArray[Any]],
