@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,6 +43,36 @@ def test_onnxruntime_refuses_what_does_not_fit(slice_folder: Path) -> None:
     ):
         OnnxruntimeEngine(slice_folder, manifest.experts, 1, free_bytes=1000)
     assert self_check(OnnxruntimeEngine(slice_folder, manifest.experts, 1), slice_folder, manifest).passed
+
+
+LOAD = """
+import re, sys
+from pathlib import Path
+from wdmoe.device.loading import self_check
+from wdmoe.runtime.engines.onnxruntime_engine import OnnxruntimeEngine
+from wdmoe.runtime.manifest import DeviceManifest, read_manifest
+import onnxruntime
+def own_kb():
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+folder = Path(sys.argv[1])
+manifest, before_kb = read_manifest(folder, DeviceManifest), own_kb()
+engine = OnnxruntimeEngine(folder, manifest.experts, 1)
+assert self_check(engine, folder, manifest).passed
+print(own_kb() - before_kb)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not tell")
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_onnxruntime_keeps_quantised_weights_as_stored(tmp_path: Path, precision: Any) -> None:
+    shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2}
+    config = ExportConfig(tmp_path / "bundle", experts_per_device=8, precision=precision)
+    export_bundle(plan_export(tiny_checkpoint(tmp_path / "c", "mixtral", **shape), "tiny", config), config)
+    line = [sys.executable, "-c", LOAD, str(config.out / "device-0")]
+    held_kb = int(subprocess.run(line, capture_output=True, text=True, check=True, timeout=100).stdout)
+    stored_kb = sum(path.stat().st_size for path in (config.out / "experts").iterdir()) / 1024
+    assert held_kb < 1.3 * stored_kb + 12_000  # as float32: 4 x or 7.75 x; 12 MB for ONNX Runtime itself
 
 
 def test_free_memory_is_unknown_where_the_system_does_not_say(tmp_path: Path) -> None:
