@@ -25,11 +25,13 @@ from wdmoe.runtime.errors import BundleError, CheckpointError
 from wdmoe.runtime.manifest import (
     FORMAT,
     MANIFEST_NAME,
+    QUANTISED,
     VERSION,
     BsManifest,
     DeviceManifest,
     ModelSpec,
     Precision,
+    QuantisationError,
     Source,
     bundle_id,
     read_manifest,
@@ -44,7 +46,7 @@ class ExportConfig:
     out: Path = Path("bundle")
     experts_per_device: int | None = None  # None: 2, unless `devices` is given
     devices: int | None = None
-    precision: Literal["auto", "fp32", "fp16"] = "auto"
+    precision: Precision | Literal["auto"] = "auto"
     force: bool = False  # replace a bundle that is already there
     clamp: bool = False  # turn values that float16 cannot hold into its largest instead of stopping
     workers: int = field(default_factory=default_workers)  # threads
@@ -216,7 +218,13 @@ def _write(
 
     hashes = tuple(tuple(expert.entry.sha256 for expert in row) for row in experts)
     name = bundle_id(spec, plan.precision, hashes, station.model_hashes)
-    frame = Frame(spec, plan.source, plan.precision, name)
+    losses = Losses()
+    for expert in flat:
+        losses.add(expert.losses)
+    error = None
+    if plan.precision in QUANTISED:
+        error = QuantisationError(losses.largest_error, losses.rms_error)
+    frame = Frame(spec, plan.source, plan.precision, name, error)
     for device in range(device_count(plan.placement)):
         held = held_by(plan.placement, device)
         write_device(partial / f"device-{device}", partial / "experts", device, held, experts, golden, frame)
@@ -224,11 +232,8 @@ def _write(
         format=FORMAT, version=VERSION, bundle_id=name, model=spec, source=plan.source, precision=plan.precision,
         experts=hashes, placement=plan.placement, stages=tuple(station.stages), head=station.head,
         tokenizer=station.tokenizer, chat_template=station.chat_template, files=station.files,
-        shared=tuple(station.shared),
+        shared=tuple(station.shared), quantisation_error=error,
     ))  # fmt: skip
-    losses = Losses()
-    for expert in flat:
-        losses.add(expert.losses)
     return name, losses
 
 

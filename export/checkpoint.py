@@ -22,6 +22,9 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _SAMPLE_BYTES = 4096
+_READ_AS: dict[str, npt.DTypeLike] = {
+    "BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64, "U8": np.uint8,
+}  # fmt: skip
 # Small enough to stay in the cache from reading over conversion to hashing. Counted in elements, so that a product
 # with the pieces comes out the same, to the last bit, in whatever precision they are stored.
 _PIECE_ELEMENTS = 1 << 18
@@ -173,12 +176,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_pieces(path: Path, span: TensorSpan) -> Iterator[npt.NDArray[Any]]:
-    """Read one tensor of a safetensors file front to back, whole rows at a time."""
-    dtype = np.dtype({"BF16": np.uint16, "F16": np.float16, "F32": np.float32, "F64": np.float64}[span.dtype])
+def read_pieces(path: Path, span: TensorSpan, row_elements: int | None = None) -> Iterator[npt.NDArray[Any]]:
+    """Read one tensor of a safetensors file front to back, whole rows at a time.
+
+    Args:
+        path: of the file.
+        span: of the tensor.
+        row_elements: weights of a row, where bytes hold them in another number.
+    """
+    dtype = np.dtype(_READ_AS[span.dtype])
     row_shape = span.shape[1:]
     rows_left = span.shape[0]
-    at_once = max(1, _PIECE_ELEMENTS // max(1, int(np.prod(row_shape, dtype=np.int64))))
+    row_elements = int(np.prod(row_shape, dtype=np.int64)) if row_elements is None else row_elements
+    at_once = max(1, _PIECE_ELEMENTS // max(1, row_elements))
     with path.open("rb") as file:
         behind_bytes = file.seek(span.offset_bytes)
         while rows_left:

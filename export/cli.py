@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from wdmoe.export.bundle import ExportConfig, ExportPlan
     from wdmoe.export.placement import PlacementOptions
     from wdmoe.export.planning import DryRun
+    from wdmoe.runtime.manifest import Precision
 
 _INTERRUPTED = 130
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -88,8 +89,8 @@ def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Folder of the bundle.",
 )  # fmt: skip
 @click.option(
-    "--precision", type=click.Choice(["auto", "fp32", "fp16"]), default="auto", show_default=True,
-    help="Of the experts; auto: fp32 for a float32 checkpoint, else fp16.",
+    "--precision", type=click.Choice(["auto", "fp32", "fp16", "int8", "int4"]), default="auto", show_default=True,
+    help="Of the experts; auto: fp32 for a float32 checkpoint, else fp16. int8, int4: weights only.",
 )  # fmt: skip
 @click.option(
     "--clamp", is_flag=True,
@@ -106,7 +107,7 @@ def main(
     /,
     model: str | None,
     out: Path,
-    precision: Literal["auto", "fp32", "fp16"],
+    precision: Precision | Literal["auto"],
     clamp: bool,
     dry_run: bool,
     force: bool,
@@ -278,6 +279,47 @@ def inspect(folder: Path, as_json: bool) -> None:
         return
     Console().print(summary(found))
     click.echo(f"{folder}: every file is as the manifest says")
+
+
+@main.command(epilog="\b\nExample:\n  wdmoe-export verify bundle --model smollm2-moe")
+@click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--model", metavar="MODEL", required=True, help="The checkpoint that BUNDLE was made of, as for an export."
+)
+@click.option("--experts", type=click.IntRange(min=1), default=16, show_default=True, help="Experts to compare singly.")
+@click.option("--tokens", type=click.IntRange(min=1, max=64), default=48, show_default=True, help="Of the text.")
+@click.option(
+    "--max-rms", type=click.FloatRange(min=0), help="Bound of an expert's RMS error.  [default: by precision]"
+)
+@click.option("--max-kl", type=click.FloatRange(min=0), help="Bound of the mean KL, nats.  [default: by precision]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def verify(
+    bundle: Path, model: str, experts: int, tokens: int, max_rms: float | None, max_kl: float | None, as_json: bool
+) -> None:
+    """Compare a bundle with its checkpoint: weights of the base station, some experts, a text through the whole model.
+
+    Runs in this process, with ONNX Runtime and numpy. Exit code 1 if an error is beyond its bound.
+    """
+    from rich.console import Console
+
+    with _plain_errors("interrupted"):
+        from wdmoe.export.inspection import read_bundle
+        from wdmoe.export.models import find_checkpoint
+        from wdmoe.export.verifying import BOUNDS, Bound, verification_table, verify_bundle
+
+        def say(text: str) -> None:
+            click.echo(text, err=True)
+
+        usual = BOUNDS[read_bundle(bundle).any_manifest.precision]
+        bound = Bound(usual.rms if max_rms is None else max_rms, usual.divergence if max_kl is None else max_kl)
+        folder, _ = find_checkpoint(model, report=say)
+        found = verify_bundle(bundle, folder, experts=experts, tokens=tokens, bound=bound, say=say)
+    if as_json:
+        click.echo(json.dumps(found.as_json()))
+    else:
+        Console().print(verification_table(found))
+    if not found.passed:
+        raise click.ClickException(f"{bundle}: an error is beyond its bound")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,15 +26,36 @@ _BF16_VANISHING_BITS = 0x3300  # 2^-25
 
 @dataclass(slots=True)
 class Losses:
-    """How many weights float16 did not hold."""
+    """What a precision did not hold."""
 
-    clamped: int = 0  # too large, now the largest float16
-    to_zero: int = 0  # too small, now zero
+    clamped: int = 0  # weights too large for float16, now its largest
+    to_zero: int = 0  # weights too small for float16, now zero
+    # Of quantised experts: how far their answers to the golden rows are from those of the checkpoint's own weights.
+    largest_error: float = 0.0  # relative to the largest value of an expert's answers
+    error_square: float = 0.0  # sum over all answers
+    square: float = 0.0  # of the answers themselves
 
     def add(self, other: Losses) -> None:
         """Count those of another part too."""
         self.clamped += other.clamped
         self.to_zero += other.to_zero
+        self.largest_error = max(self.largest_error, other.largest_error)
+        self.error_square += other.error_square
+        self.square += other.square
+
+    def add_error(self, answers: Array, exact: Array) -> None:
+        """Compare the answers of a quantised expert with those of its own weights."""
+        difference, exact = answers.astype(np.float64) - exact, exact.astype(np.float64)
+        largest = float(np.abs(exact).max(initial=0.0))
+        error = float(np.abs(difference).max(initial=0.0))
+        self.largest_error = max(self.largest_error, error / largest if largest else error)
+        self.error_square += float((difference**2).sum())
+        self.square += float((exact**2).sum())
+
+    @property
+    def rms_error(self) -> float:
+        """Root of the mean squared error over root of the mean square."""
+        return math.sqrt(self.error_square / self.square) if self.square else math.sqrt(self.error_square)
 
 
 def to_float32(raw: Array, dtype: str) -> npt.NDArray[np.float32]:

@@ -23,6 +23,7 @@ from wdmoe.runtime.manifest import (
     FileEntry,
     ModelSpec,
     Precision,
+    QuantisationError,
     Source,
     sha256_of,
     write_manifest,
@@ -63,6 +64,7 @@ class Frame:
     source: Source
     precision: Precision
     bundle_id: str
+    quantisation_error: QuantisationError | None = None
 
 
 def write_device(
@@ -105,6 +107,7 @@ def write_device(
     write_manifest(folder, DeviceManifest(
         format=FORMAT, version=VERSION, bundle_id=frame.bundle_id, model=frame.model, source=frame.source,
         precision=frame.precision, device=device, experts=tuple(entries), golden=GOLDEN_NAME, files=files,
+        quantisation_error=frame.quantisation_error,
     ))  # fmt: skip
 
 

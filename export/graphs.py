@@ -1,6 +1,11 @@
 """The ONNX graphs of a bundle, node by node. Inputs, outputs and shapes: docs/bundle-format.md.
 
 Weights are never inside: an initializer is a byte range of a safetensors file in the graph's own folder.
+
+int8 and int4 experts run on `MatMulNBits` with int8 accumulation, the kernel of ONNX Runtime that is fast and keeps weights
+as stored; `DequantizeLinear` and its float32 kernel for int8 expand a matrix at every call. That kernel rounds rows to int8,
+which costs a hundredth of a result. So each row goes in twice, as what int8 holds of it exactly and as the rest: a
+ten-thousandth, for twice the rows and still the same bytes of weights.
 """
 
 from __future__ import annotations
@@ -13,11 +18,17 @@ from onnx import TensorProto, helper
 
 from wdmoe.export.families import ModelLayout
 from wdmoe.export.weights import Weight
+from wdmoe.runtime.quantised import GROUP, SCALE_SUFFIX
 
 STATION_OPSET = 23
 EXPERT_OPSET = 17  # parsed by every TensorRT that runs on a Jetson
 _IR_VERSIONS = {STATION_OPSET: 10, EXPERT_OPSET: 8}  # old enough for onnxruntime 1.23
-_ONNX_TYPES = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16}
+_ONNX_TYPES = {"F32": TensorProto.FLOAT, "F16": TensorProto.FLOAT16, "U8": TensorProto.UINT8}
+_INT8_BLOCKS = (128, 64, 32, 16)  # weights that the kernel takes at once; the largest that divides a row
+_INT8_LARGEST = 127.0
+_SMALLEST = 1e-30  # so that a row of zeros is not divided by zero
+_MICROSOFT = "com.microsoft"  # the operators of ONNX Runtime beyond the standard
+_INT8_ACCUMULATION = 4  # accuracy_level of MatMulNBits
 
 Dims = Sequence[int | str]
 
@@ -28,6 +39,7 @@ class _Graph:
     def __init__(self, name: str, opset: int, weights: Mapping[str, Weight]) -> None:
         self._name, self._opset, self._weights = name, opset, weights
         self._nodes: list[Any] = []
+        self._made: set[str] = set()  # results of nodes
         self._initializers: dict[str, Any] = {}
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
@@ -44,6 +56,7 @@ class _Graph:
     def add(self, operator: str, inputs: Sequence[str], *outputs: str, **attributes: Any) -> str:
         """Append a node."""
         self._nodes.append(helper.make_node(operator, list(inputs), list(outputs), **attributes))
+        self._made.update(outputs)
         return outputs[0]
 
     def weight(self, name: str) -> str:
@@ -60,6 +73,11 @@ class _Graph:
         self._initializers[name] = helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
         return name
 
+    def number(self, name: str, value: float) -> str:
+        """Use a float32."""
+        self._initializers[name] = helper.make_tensor(name, TensorProto.FLOAT, [], [value])
+        return name
+
     def linear(self, rows: str, weight: str, output: str, bias: str | None = None, factor: float = 1.0) -> str:
         """Multiply rows by a weight [out, in] and a number, and add a bias."""
         inputs = [rows, self.weight(weight)] + ([self.weight(bias)] if bias is not None else [])
@@ -69,9 +87,52 @@ class _Graph:
         """Multiply rows by a number."""
         if factor == 1:
             return rows
-        name = f"{rows}_factor"
-        self._initializers[name] = helper.make_tensor(name, TensorProto.FLOAT, [], [factor])
-        return self.add("Mul", [rows, name], f"{rows}_scaled")
+        return self.add("Mul", [rows, self.number(f"{rows}_factor", factor)], f"{rows}_scaled")
+
+    def quantised_linear(self, rows: str, columns: int, weight: str, output: str) -> str:
+        """Multiply rows [n, columns] by an int8 or int4 weight [out, columns]."""
+        stored = self._weights[weight].span
+        n_out, bits = stored.shape[0], 8 if len(stored.shape) == 2 else 4
+        if bits == 8:
+            width = stored.shape[1]
+            block = next(size for size in _INT8_BLOCKS if width % size == 0)
+        else:
+            width, block = stored.shape[1] * GROUP, GROUP
+        self._initializers[weight] = _external(
+            weight, self._weights[weight], (n_out, width // block, block * bits // 8)
+        )
+        scale = self.weight(weight + SCALE_SUFFIX)
+        if bits == 8:  # the kernel wants one for each block; folded when the graph is opened
+            column = self.add("Unsqueeze", [scale, self.integers("scale_axis", [1])], f"{scale}_column")
+            across = self.integers(f"across_{width // block}", [1, width // block])
+            scale = self.add("Tile", [column, across], f"{scale}_blocks")
+        both = self.add(
+            "MatMulNBits", [self._in_two(rows, columns, width, block), weight, scale], f"{output}_two",
+            domain=_MICROSOFT, K=width, N=n_out, bits=bits, block_size=block, accuracy_level=_INT8_ACCUMULATION,
+        )  # fmt: skip
+        self.add("Split", [both], f"{output}_coarse", f"{output}_fine", axis=0)
+        return self.add("Add", [f"{output}_coarse", f"{output}_fine"], output)
+
+    def _in_two(self, rows: str, columns: int, width: int, block: int) -> str:
+        """Split rows [n, columns] in what int8 holds and the rest, blocks as the kernel's: [2 n, width], zeros behind."""
+        two = f"{rows}_in_two_{block}"
+        if two in self._made:
+            return two
+        source = rows
+        if width > columns:
+            source = self.add(
+                "Pad", [rows, self.integers(f"pad_{width - columns}", [0, 0, 0, width - columns])], f"{rows}_padded"
+            )
+        blocks = self.integers(f"blocks_{width}", [0, width // block, block])
+        values = self.add("Reshape", [source, blocks], f"{two}_blocks")
+        size = self.add("ReduceMax", [self.add("Abs", [values], f"{two}_abs")], f"{two}_size", axes=[2], keepdims=1)
+        step = self.add("Mul", [size, self.number("int8_step", 1 / _INT8_LARGEST)], f"{two}_step")
+        step = self.add("Max", [step, self.number("smallest", _SMALLEST)], f"{two}_safe_step")
+        integers = self.add("Round", [self.add("Div", [values, step], f"{two}_steps")], f"{two}_integers")
+        coarse = self.add("Mul", [integers, step], f"{two}_coarse")
+        fine = self.add("Sub", [values, coarse], f"{two}_fine")
+        stacked = self.add("Concat", [coarse, fine], f"{two}_stacked", axis=0)
+        return self.add("Reshape", [stacked, self.integers(f"flat_{width}", [0, width])], two)
 
     def rms_norm(self, rows: str, weight: str, output: str, epsilon: float) -> str:
         """Scale rows to unit mean square, then by the norm's weight."""
@@ -80,19 +141,28 @@ class _Graph:
 
     def feed_forward(self, rows: str, output: str) -> str:
         """Run one expert: down_proj (silu(gate_proj rows) * up_proj rows)."""
-        gate = self.linear(rows, "gate_proj", "gate")
-        up = self.linear(rows, "up_proj", "up")
+        shapes = {name: self._weights[name].span.shape for name in ("gate_proj", "down_proj")}
+        d_ff, d_model = shapes["gate_proj"][0], shapes["down_proj"][0]
+        gate = self._project(rows, d_model, "gate_proj", "gate")
+        up = self._project(rows, d_model, "up_proj", "up")
         swish = self.add("Mul", [gate, self.add("Sigmoid", [gate], "gate_sigmoid")], "gate_silu")
-        return self.linear(self.add("Mul", [swish, up], "inner"), "down_proj", output)
+        return self._project(self.add("Mul", [swish, up], "inner"), d_ff, "down_proj", output)
+
+    def _project(self, rows: str, columns: int, weight: str, output: str) -> str:
+        if self._weights[weight].span.dtype == "U8":
+            return self.quantised_linear(rows, columns, weight, output)
+        return self.linear(rows, weight, output)
 
     def build(self) -> onnx.ModelProto:
         """Finish the model."""
         graph = helper.make_graph(
             self._nodes, self._name, self._inputs, self._outputs, list(self._initializers.values())
         )
-        opset = helper.make_opsetid("", self._opset)
+        opsets = [helper.make_opsetid("", self._opset)]
+        if any(node.domain == _MICROSOFT for node in self._nodes):
+            opsets.append(helper.make_opsetid(_MICROSOFT, 1))
         return helper.make_model(
-            graph, opset_imports=[opset], ir_version=_IR_VERSIONS[self._opset], producer_name="wdmoe"
+            graph, opset_imports=opsets, ir_version=_IR_VERSIONS[self._opset], producer_name="wdmoe"
         )
 
 
@@ -229,8 +299,9 @@ def _qk_norm(graph: _Graph, layout: ModelLayout, rows: str, n_heads: int) -> str
     return graph.add("Reshape", [by_head, graph.integers(f"{rows}_flat", [0, n_heads * dim])], normed)
 
 
-def _external(name: str, weight: Weight) -> TensorProto:
-    tensor = TensorProto(name=name, data_type=_ONNX_TYPES[weight.span.dtype], dims=weight.span.shape)
+def _external(name: str, weight: Weight, shape: Sequence[int] | None = None) -> TensorProto:
+    dims = weight.span.shape if shape is None else shape
+    tensor = TensorProto(name=name, data_type=_ONNX_TYPES[weight.span.dtype], dims=dims)
     tensor.data_location = TensorProto.EXTERNAL
     place = {"location": weight.file, "offset": weight.span.offset_bytes, "length": weight.span.size_bytes}
     for key, value in place.items():

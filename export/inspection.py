@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec import to_builtins
+
 from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.manifest import (
     MANIFEST_NAME,
@@ -46,6 +48,9 @@ class Inspection:
             "model": model.name,
             "family": model.family,
             "precision": manifest.precision,
+            "quantisation_error": None
+            if manifest.quantisation_error is None
+            else to_builtins(manifest.quantisation_error),
             "n_blocks": model.n_blocks,
             "n_experts": model.n_experts,
             "top_k": model.top_k,
@@ -112,6 +117,8 @@ def summary(inspection: Inspection) -> RenderableType:
         "checkpoint": manifest.source.checkpoint_sha256,
         "exporter": manifest.source.exporter,
     }
+    if (error := manifest.quantisation_error) is not None:
+        rows["precision"] += f"; answers of the experts are off by {error.rms:.2%} (RMS), {error.largest:.2%} at most"
     for name, value in rows.items():
         facts.add_row(name, value)
     table = Table()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import threading
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO, final
@@ -83,7 +83,7 @@ class Journal:
         for text in self._file:
             try:
                 line = json.loads(text)
-                losses = Losses(line["clamped"], line["to_zero"])
+                losses = Losses(**{one.name: line[one.name] for one in fields(Losses)})
                 done[line["key"]] = Finished(FileEntry(line["sha256"], line["size_bytes"]), losses)
             except (ValueError, KeyError, TypeError):
                 continue  # the line that an interruption cut short

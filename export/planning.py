@@ -9,7 +9,7 @@ from wdmoe.export.balance import Counts, expected_times
 from wdmoe.export.families import ModelLayout
 from wdmoe.export.placement import Placement, device_count, held_by
 from wdmoe.export.sizing import HEADROOM, Sizes, advice, fits, sizes_of
-from wdmoe.runtime.manifest import Precision
+from wdmoe.runtime.manifest import PRECISIONS, Precision
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -99,29 +99,35 @@ def dry_run(
 
 def plan_table(plan: DryRun) -> RenderableType:
     """Lay out a plan for a terminal."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     spec, station, memory = plan.layout.spec, plan.sizes.station, plan.device_memory_bytes
     uneven = any(count != counts[0] for counts in plan.counts for count in counts) or len(set(plan.speeds)) > 1
-    table = Table()
-    for name in ("folder", "experts", "load", "fp32 GB", "memory", "fp16 GB", "memory"):
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    table.caption = "GB on the disk in the precision chosen, and of memory in each" + (
+        "" if memory is None else "; ! does not fit"
+    )
+    for name in ("folder", "experts", "load", "disk", *PRECISIONS):
         if uneven or name != "load":
-            table.add_column(name, justify="left" if name in ("folder", "experts") else "right", no_wrap=True)
-    stages = [gb(station.disk_bytes), gb(station.memory_bytes)] * 2
+            table.add_column(
+                name, justify="left" if name in ("folder", "experts") else "right", no_wrap=name != "experts"
+            )
+    stages = [gb(station.disk_bytes), *[gb(station.memory_bytes)] * len(PRECISIONS)]
     table.add_row("bs", "none, stages fp32", *(["-"] if uneven else []), *stages)
     for device, time in enumerate(plan.times()):
         cells = [f"{time:.2f}"] if uneven else []
-        for sizes in (plan.sizes.devices["fp32"], plan.sizes.devices["fp16"]):
-            size = sizes[device]
-            mark = "" if memory is None else " fits" if fits(memory, size.memory_bytes) else " no"
-            cells += [gb(size.disk_bytes), gb(size.memory_bytes) + mark]
+        cells.append(gb(plan.sizes.devices[plan.precision][device].disk_bytes))
+        for precision in PRECISIONS:
+            needed = plan.sizes.devices[precision][device].memory_bytes
+            cells.append(gb(needed) + ("!" if memory is not None and not fits(memory, needed) else ""))
         table.add_row(f"device-{device}", describe_held(plan.placement, device), *cells)
     notes = [
         f"Experts will be {plan.precision}; all folders together take {gb(plan.sizes.bundle_bytes(plan.precision))} GB.",
         f"Memory of the bs: weights, scratch and {gb(station.kv_bytes)} GB of keys and values ({station.context:,} tokens).",
-        "Memory of a device: weights as stored and scratch. onnxruntime holds float32, whatever the precision;",
+        "Memory of a device: weights as stored and scratch. onnxruntime holds fp16 as float32;",
         "where that does not fit, the numpy engine maps the files and converts at each use.",
     ]
     if uneven:

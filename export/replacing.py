@@ -41,7 +41,8 @@ def place_again(bundle: Path, out: Path, placement: Placement) -> Inspection:
     for name in {expert.name for row in experts for expert in row}:
         link(_weights_path(bundle, found, name), partial / "experts" / name)
     _write_station(bundle / "bs", partial / "bs", found.bs, placement)
-    frame = Frame(found.bs.model, found.bs.source, found.bs.precision, found.bs.bundle_id)
+    bs = found.bs
+    frame = Frame(bs.model, bs.source, bs.precision, bs.bundle_id, bs.quantisation_error)
     for device in range(device_count(placement)):
         held = held_by(placement, device)
         write_device(partial / f"device-{device}", partial / "experts", device, held, experts, golden, frame)

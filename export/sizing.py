@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from wdmoe.export.families import ModelLayout
 from wdmoe.export.placement import Placement, device_count, held_by
-from wdmoe.export.slicing import DTYPES, GOLDEN_ROWS
+from wdmoe.export.slicing import GOLDEN_ROWS
 from wdmoe.export.station import weight_files
-from wdmoe.export.weights import Part, all_expert_parts, expert_parts, station_parts
-from wdmoe.runtime.manifest import ModelSpec, Precision
+from wdmoe.export.weights import Part, all_expert_parts, station_parts
+from wdmoe.runtime.manifest import PRECISIONS, ModelSpec, Precision
+from wdmoe.runtime.quantised import Layout, expert_layout
 from wdmoe.runtime.tensor_file import encode_header, total_bytes
 
-ITEM_BYTES: dict[Precision, int] = {"fp32": 4, "fp16": 2}
 HEADROOM = 0.2  # of the memory, for the system and all else
 CONTEXT_TOKENS = 4096  # for which keys and values are counted, if the model takes as many
 _ROWS = 1024  # tokens of one microbatch
@@ -21,7 +21,7 @@ _DEVICE_PROCESS_BYTES = 300_000_000  # Python, numpy, ONNX Runtime, sockets and 
 _STATION_PROCESS_BYTES = 600_000_000  # the tokenizer and lm-eval too
 _CHUNK_BYTES = 4 << 20  # weights that the numpy engine converts at a time
 # Measured on exports: stubs of experts, graphs of stages, manifests (the BS's lists every hash) are of about this size.
-_STUB_BYTES = 800
+_STUB_BYTES: dict[Precision, int] = {"fp32": 800, "fp16": 800, "int8": 3600, "int4": 3200}
 _GRAPH_BYTES = 4000
 _ENTRY_BYTES = 260  # of a file or an expert in a manifest
 
@@ -65,10 +65,10 @@ def sizes_of(layout: ModelLayout, placement: Placement) -> Sizes:
     held = [len(held_by(placement, device)) for device in range(device_count(placement))]
     devices = {
         precision: tuple(
-            DeviceSize(k, n, n * (expert_file_bytes(layout, precision) + _overhead(spec, n)), device_memory(spec, n, precision))
+            DeviceSize(k, n, n * (expert_file_bytes(layout, precision) + _overhead(spec, n, precision)), device_memory(spec, n, precision))
             for k, n in enumerate(held)
         )
-        for precision in DTYPES
+        for precision in PRECISIONS
     }  # fmt: skip
     parts = (*station_parts(layout), *all_expert_parts(layout))
     return Sizes(sum(math.prod(part.shape) for part in parts), _station_size(layout), devices)
@@ -76,13 +76,17 @@ def sizes_of(layout: ModelLayout, placement: Placement) -> Sizes:
 
 def expert_file_bytes(layout: ModelLayout, precision: Precision) -> int:
     """Return the size of the file of one expert."""
-    parts = expert_parts(layout.expert(0, 0), layout.spec.d_ff, layout.spec.d_model)
-    return _file_bytes(parts, DTYPES[precision])
+    return _file_bytes(expert_layout(layout.spec.d_model, layout.spec.d_ff, precision))
+
+
+def weight_bytes(spec: ModelSpec, precision: Precision) -> int:
+    """Return the bytes of the weights of one expert, scales included."""
+    return total_bytes(encode_header(expert_layout(spec.d_model, spec.d_ff, precision))[1].values())
 
 
 def device_memory(spec: ModelSpec, n_held: int, precision: Precision) -> int:
     """Return the memory that a device needs with so many experts, if its engine holds weights as stored."""
-    weights = n_held * 3 * spec.d_ff * spec.d_model * ITEM_BYTES[precision]
+    weights = n_held * weight_bytes(spec, precision)
     scratch = _ROWS * (3 * spec.d_model + 3 * spec.d_ff) * 4 + _CHUNK_BYTES
     return weights + scratch + _DEVICE_PROCESS_BYTES
 
@@ -95,22 +99,24 @@ def fits(memory_bytes: int, needed_bytes: int) -> bool:
 def most_held(spec: ModelSpec, precision: Precision, memory_bytes: int) -> int:
     """Return how many experts, of all blocks together, fit on a device."""
     free = (1 - HEADROOM) * memory_bytes - device_memory(spec, 0, precision)
-    return max(0, int(free // (3 * spec.d_ff * spec.d_model * ITEM_BYTES[precision])))
+    return max(0, int(free // weight_bytes(spec, precision)))
 
 
 def advice(layout: ModelLayout, precision: Precision, memory_bytes: int) -> str:
     """Say what to change when a device is too small."""
     spec = layout.spec
     choices = []
-    for smaller in (p for p in DTYPES if ITEM_BYTES[p] <= ITEM_BYTES[precision]):
+    for smaller in PRECISIONS[PRECISIONS.index(precision) :]:
         per_device = min(spec.n_experts, most_held(spec, smaller, memory_bytes) // spec.n_blocks)
         if per_device:
             n_devices = -(-spec.n_experts // per_device)
             option = "" if smaller == precision else f"--precision {smaller} "
-            choices.append(f"{option}--experts-per-device {per_device} ({n_devices} devices)")
+            choices.append(
+                f"{option}--experts-per-device {per_device} ({n_devices} device{'' if n_devices == 1 else 's'})"
+            )
     if choices:
         return "use " + " or ".join(choices)
-    smallest = min(DTYPES, key=lambda p: ITEM_BYTES[p])
+    smallest = PRECISIONS[-1]
     held = most_held(spec, smallest, memory_bytes)
     if held:
         n_devices = -(-spec.n_blocks * spec.n_experts // held)
@@ -119,17 +125,17 @@ def advice(layout: ModelLayout, precision: Precision, memory_bytes: int) -> str:
     return f"devices that hold one expert of each block in {smallest} need {needed / 1e9:.1f} GB"
 
 
-def _overhead(spec: ModelSpec, n_held: int) -> int:
+def _overhead(spec: ModelSpec, n_held: int, precision: Precision) -> int:
     """Bytes beside each expert file: its stub, golden answers (and its part of the golden rows), manifest entries."""
     golden = GOLDEN_ROWS * spec.d_model * 4 * (n_held + spec.n_blocks)
-    rest = n_held * (_STUB_BYTES + 3 * _ENTRY_BYTES) + _GRAPH_BYTES + spec.head_dim * 12
+    rest = n_held * (_STUB_BYTES[precision] + 3 * _ENTRY_BYTES) + _GRAPH_BYTES + spec.head_dim * 12
     return -(-(golden + rest) // n_held)
 
 
 def _station_size(layout: ModelLayout) -> StationSize:
     spec = layout.spec
     files = weight_files(layout)
-    weights = sum(_file_bytes(parts, "F32") for parts in files.values())
+    weights = sum(_file_bytes(_floats(parts)) for parts in files.values())
     graphs = len(files) * (_GRAPH_BYTES + 2 * _ENTRY_BYTES) + spec.n_blocks * spec.n_experts * 110
     context = min(CONTEXT_TOKENS, spec.max_positions)
     kv = 2 * spec.n_blocks * spec.kv_dim * context * 4
@@ -139,6 +145,10 @@ def _station_size(layout: ModelLayout) -> StationSize:
     return StationSize(weights + graphs, kv, context, memory)
 
 
-def _file_bytes(parts: tuple[Part, ...], dtype: str) -> int:
-    header, spans = encode_header({part.name: (dtype, part.shape) for part in parts})
+def _floats(parts: tuple[Part, ...]) -> Layout:
+    return {part.name: ("F32", part.shape) for part in parts}
+
+
+def _file_bytes(tensors: Layout) -> int:
+    header, spans = encode_header(tensors)
     return len(header) + total_bytes(spans.values())

@@ -9,17 +9,19 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar, get_args
 
 import msgspec
 
 from wdmoe.runtime.errors import BundleError
 
 FORMAT: Final = "wdmoe-bundle"
-VERSION = 2
+VERSION = 3
 MANIFEST_NAME = "manifest.json"
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8", "int4"]
+PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)  # largest first
+QUANTISED: Final[tuple[Precision, ...]] = ("int8", "int4")
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Index = Annotated[int, msgspec.Meta(ge=0)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -76,12 +78,19 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     exporter: str  # for example "wdmoe 0.1.0"
 
 
+class QuantisationError(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How far the answers of quantised experts to the golden rows are from those of the checkpoint's own weights."""
+
+    largest: float  # error of the worst expert, relative to the largest value of its answers
+    rms: float  # of all experts together: root of the mean squared error over root of the mean square
+
+
 class ExpertEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One expert of a device's slice."""
 
     block: Index
     expert: Index
-    weights: FileName  # safetensors with gate_proj [d_ff, d_model], up_proj [d_ff, d_model], down_proj [d_model, d_ff]
+    weights: FileName  # safetensors with gate_proj, up_proj and down_proj; see docs/bundle-format.md, Precision
     graph: FileName  # ONNX, its initializers are byte ranges of `weights`
 
 
@@ -102,6 +111,7 @@ class BsManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
     chat_template: FileName | None
     files: dict[FileName, FileEntry]
     shared: tuple[FileName, ...] = ()  # one graph a block where the model has shared experts
+    quantisation_error: QuantisationError | None = None  # of all experts, where they are int8 or int4
     manifest_sha256: str = ""  # of this manifest with this field empty; set when it is written
 
     @property
@@ -123,6 +133,7 @@ class DeviceManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, ta
     experts: tuple[ExpertEntry, ...]  # ordered by block, then expert
     golden: FileName  # safetensors with input.block_B and output.block_B.expert_E, see docs/bundle-format.md
     files: dict[FileName, FileEntry]
+    quantisation_error: QuantisationError | None = None  # as in the manifest of the BS
     manifest_sha256: str = ""  # of this manifest with this field empty; set when it is written
 
 

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.runtime.half import float32_from_float16
 from wdmoe.runtime.manifest import ExpertEntry
 from wdmoe.runtime.memory import available_memory_bytes
 from wdmoe.runtime.messages import Rows
+from wdmoe.runtime.quantised import StoredMatrix, expert_matrices
 from wdmoe.runtime.tensor_file import map_tensors
 
-Weights = npt.NDArray[Any]  # float32, or float16 as stored
+FloatArray = npt.NDArray[np.float32]
+Weights = FloatArray | StoredMatrix
 
 _FLOAT32_SHARE = 0.5  # of the memory that is free
-_CHUNK_ELEMENTS = 1 << 20  # of a float16 matrix, converted at a time
+_CHUNK_ELEMENTS = 1 << 20  # of a matrix that is not float32, converted at a time
 
 
 class NumpyEngine:
     """Runs experts with numpy; `threads` is up to numpy's own BLAS.
 
     Weights are held as float32, if that takes at most half of the memory that is free. If not, they stay in their
-    files, mapped, and float16 is converted at each use, 4 MB at a time: slower, in the memory of the files alone.
+    files, mapped, and what is not float32 is converted at each use, 4 MB at a time: slower, in the memory of the files alone.
     """
 
     name = "numpy"
@@ -43,14 +43,15 @@ class NumpyEngine:
             threads: not used.
             free_bytes: memory to count on; None asks the system.
         """
-        mapped = {(entry.block, entry.expert): map_tensors(folder / entry.weights) for entry in experts}
+        paths = {(entry.block, entry.expert): folder / entry.weights for entry in experts}
+        stored = {key: expert_matrices(map_tensors(path), path) for key, path in paths.items()}
         free_bytes = available_memory_bytes() if free_bytes is None else free_bytes
-        needed_bytes = sum(4 * tensor.size for tensors in mapped.values() for tensor in tensors.values())
+        needed_bytes = sum(4 * matrix.size for matrices in stored.values() for matrix in matrices)
         self.converts_at_use = free_bytes is not None and needed_bytes > _FLOAT32_SHARE * free_bytes
-        held = _as_stored if self.converts_at_use else _as_float32
-        self._weights: dict[tuple[int, int], tuple[Weights, Weights, Weights]] = {}
-        for key, tensors in mapped.items():
-            self._weights[key] = held(tensors["gate_proj"]), held(tensors["up_proj"]), held(tensors["down_proj"])
+        self._weights: dict[tuple[int, int], list[Weights]] = {}
+        for key, matrices in stored.items():
+            held = map(_as_stored, matrices) if self.converts_at_use else (matrix.float32() for matrix in matrices)
+            self._weights[key] = list(held)
 
     def run(self, block: int, expert: int, rows: Rows) -> Rows:
         """Run one expert on rows; see `ExpertEngine`."""
@@ -69,19 +70,15 @@ def swiglu(rows: Rows, gate: Weights, up: Weights) -> Rows:
 
 def _project(rows: Rows, weight: Weights) -> Rows:
     """Multiply rows [n, in] by a weight [out, in]."""
-    if weight.dtype == np.float32:
+    if not isinstance(weight, StoredMatrix):
         return rows @ weight.T
-    result = np.empty((len(rows), len(weight)), np.float32)
-    at_once = max(1, _CHUNK_ELEMENTS // weight.shape[1])
-    for start in range(0, len(weight), at_once):
-        chunk = float32_from_float16(weight[start : start + at_once])
+    result = np.empty((len(rows), weight.rows), np.float32)
+    at_once = max(1, _CHUNK_ELEMENTS // weight.columns)
+    for start in range(0, weight.rows, at_once):
+        chunk = weight.float32(start, start + at_once)
         np.matmul(rows, chunk.T, out=result[:, start : start + at_once])
     return result
 
 
-def _as_float32(tensor: Weights) -> Weights:
-    return float32_from_float16(tensor) if tensor.dtype == np.float16 else np.array(tensor, np.float32)
-
-
-def _as_stored(tensor: Weights) -> Weights:
-    return tensor.view(np.ndarray)
+def _as_stored(matrix: StoredMatrix) -> Weights:
+    return matrix.stored if matrix.stored.dtype == np.float32 else matrix

@@ -1,11 +1,10 @@
 """ONNX Runtime on the CPU: one session for each expert's graph stub.
 
-A session holds its weights as float32 whatever their precision: it folds the cast of float16 weights when it is opened.
+A session holds float16 weights as float32: it folds their cast when it is opened. int8 and int4 it holds as stored.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from wdmoe.runtime.errors import EngineError
 from wdmoe.runtime.manifest import ExpertEntry
 from wdmoe.runtime.memory import available_memory_bytes
 from wdmoe.runtime.messages import Rows
+from wdmoe.runtime.quantised import resident_bytes
 from wdmoe.runtime.sessions import open_session
 from wdmoe.runtime.tensor_file import read_spans
 
@@ -21,7 +21,10 @@ class OnnxruntimeEngine:
     """Runs experts with ONNX Runtime's CPU provider."""
 
     name = "onnxruntime"
+    # int8 and int4 weights multiply rows that are sums of two int8 numbers, see `wdmoe.export.graphs`; what that costs is
+    # a hundredth of what the weights have lost.
     tolerance = 1e-4
+    _TOLERANCE_QUANTISED = 1e-3
 
     def __init__(
         self, folder: Path, experts: Sequence[ExpertEntry], threads: int, free_bytes: int | None = None
@@ -40,13 +43,16 @@ class OnnxruntimeEngine:
         import onnxruntime
 
         free_bytes = available_memory_bytes() if free_bytes is None else free_bytes
-        spans = (span for entry in experts for span in read_spans(folder / entry.weights).values())
-        needed_bytes = sum(4 * math.prod(span.shape) for span in spans)
+        spans = [span for entry in experts for span in read_spans(folder / entry.weights).values()]
+        needed_bytes = sum(resident_bytes(span) for span in spans)
+        quantised = any(span.dtype == "U8" for span in spans)
         if free_bytes is not None and needed_bytes > free_bytes:
             raise EngineError(
-                f"engine {self.name}: holds weights as float32, {needed_bytes / 1e9:.1f} GB for this slice, "
-                f"{free_bytes / 1e9:.1f} GB are free"
+                f"engine {self.name}: holds weights as {'stored' if quantised else 'float32'}, "
+                f"{needed_bytes / 1e9:.1f} GB for this slice, {free_bytes / 1e9:.1f} GB are free"
             )
+        if quantised:
+            self.tolerance = self._TOLERANCE_QUANTISED
         self.version = onnxruntime.__version__
         self._sessions = {(entry.block, entry.expert): open_session(folder / entry.graph, threads) for entry in experts}
 

@@ -24,7 +24,9 @@ class OneWeightOff(NumpyEngine):
     def __init__(self, folder: Path, experts: Sequence[ExpertEntry], threads: int) -> None:
         super().__init__(folder, experts, threads)
         last = max(self._weights)
-        self._weights[last][2][0, 0] += 0.5
+        down = self._weights[last][2]
+        assert isinstance(down, np.ndarray)
+        down[0, 0] += 0.5
 
 
 class Speechless(NumpyEngine):

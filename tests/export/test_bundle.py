@@ -200,6 +200,37 @@ def test_an_interrupted_export_goes_on_and_ends_the_same(
         assert (tmp_path / "bundle" / path.relative_to(partial)).stat().st_mtime_ns == written  # not written again
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_an_interrupted_export_of_quantised_experts_ends_the_same(tmp_path: Path, precision: str) -> None:
+    wide: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "num_local_experts": 2,
+        "hidden_size": 1056,
+        "intermediate_size": 512,
+    }
+    folder = tiny_checkpoint(tmp_path / "checkpoint", "mixtral", **wide)  # matrices of several pieces
+    _export(folder, tmp_path / "whole", precision=precision, experts_per_device=1)
+    with pytest.raises(_Interruption):
+        _export(folder, tmp_path / "bundle", _interrupt_after(12), precision=precision, experts_per_device=1)
+    assert len(list(tmp_path.glob("bundle.partial/experts/*.safetensors"))) == 1
+    _export(folder, tmp_path / "bundle", precision=precision, experts_per_device=1)
+    assert _tree(tmp_path / "bundle") == _tree(tmp_path / "whole")
+
+
+def test_the_manifests_say_what_quantising_costs(checkpoint: Path, tmp_path: Path) -> None:
+    errors = {}
+    for precision in ("fp16", "int8", "int4"):
+        result = _export(checkpoint, tmp_path / precision, precision=precision)
+        bs = read_manifest(result.out / "bs", BsManifest)
+        assert bs.quantisation_error == read_manifest(result.out / "device-0", DeviceManifest).quantisation_error
+        errors[precision] = bs.quantisation_error
+    int8, int4 = errors["int8"], errors["int4"]
+    assert errors["fp16"] is None and int8 is not None and int4 is not None
+    assert 0 < int8.rms < 0.02
+    assert 0.05 < int4.rms < 0.3
+    assert int8.largest > int8.rms and int4.largest > int4.rms
+
+
 def test_a_killed_export_goes_on_and_ends_the_same(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
     code = f"""
 import os, signal

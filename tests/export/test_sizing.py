@@ -15,8 +15,9 @@ from wdmoe.export.models import ALIASES
 from wdmoe.export.placement import placement_of, split_per_device
 from wdmoe.export.planning import DryRun, dry_run, spans
 from wdmoe.export.published import layout_from_config
-from wdmoe.export.sizing import advice, device_memory, fits, most_held, sizes_of
+from wdmoe.export.sizing import advice, device_memory, fits, most_held, sizes_of, weight_bytes
 from wdmoe.runtime.errors import CheckpointError
+from wdmoe.runtime.manifest import PRECISIONS
 
 PARAMETERS = {  # as published on the models' pages
     "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
@@ -56,15 +57,25 @@ def test_mixtral_on_four_devices() -> None:
     assert (plan.precision, plan.too_small, plan.advice) == ("fp16", (), None)
 
 
+def test_a_quantised_mixtral_takes_its_bytes_and_its_scales() -> None:
+    spec = layout_from_config("mixtral")[0].spec
+    assert weight_bytes(spec, "int8") == MIXTRAL_EXPERT + 2 * (2 * 14336 + 4096)
+    assert weight_bytes(spec, "int4") == MIXTRAL_EXPERT // 2 + 2 * MIXTRAL_EXPERT // 128
+
+
 def test_a_device_too_small_is_named_with_what_to_change() -> None:
-    assert _plan("mixtral", 2, 16 * 10**9).advice == "use --experts-per-device 1 (8 devices)"
+    assert _plan("mixtral", 2, 16 * 10**9).advice == (
+        "use --experts-per-device 1 (8 devices) or --precision int8 --experts-per-device 2 (4 devices) "
+        "or --precision int4 --experts-per-device 4 (2 devices)"
+    )
     wide = _plan("mixtral", 2, 32 * 10**9, precision="fp32")
     assert wide.too_small == (0, 1, 2, 3)
     assert wide.advice == (
-        "use --experts-per-device 1 (8 devices) or --precision fp16 --experts-per-device 2 (4 devices)"
+        "use --experts-per-device 1 (8 devices) or --precision fp16 --experts-per-device 2 (4 devices) "
+        "or --precision int8 --experts-per-device 4 (2 devices) or --precision int4 --experts-per-device 8 (1 device)"
     )
-    assert "--placement balanced --devices" in str(_plan("mixtral", 1, 8 * 10**9).advice)
-    assert "one expert of each block in fp16 need" in str(_plan("mixtral", 1, 5 * 10**8).advice)
+    assert "--precision int4 --placement balanced --devices" in str(_plan("mixtral", 1, 3 * 10**9).advice)
+    assert "one expert of each block in int4 need" in str(_plan("mixtral", 1, 5 * 10**8).advice)
 
 
 def test_what_is_advised_fits() -> None:
@@ -77,7 +88,7 @@ def test_what_is_advised_fits() -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_plan_from_the_config_is_what_an_export_makes(tmp_path: Path, family: str, precision: Any) -> None:
     folder = tiny_checkpoint(tmp_path / "c", family, hidden_size=256, num_hidden_layers=4)
     config = ExportConfig(tmp_path / "bundle", experts_per_device=3, precision=precision)
