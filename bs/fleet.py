@@ -39,6 +39,7 @@ class Standing:
     failures: int = 0
     probe_at_s: float = 0.0  # when to try a blocked one next
     probe_pause_s: float = PROBE_FIRST_S
+    silent_since_s: float | None = None  # when it was last heard, if it was blocked for its silence
 
 
 @dataclass(slots=True)
@@ -73,11 +74,26 @@ class Fleet:
         if standing.health is not Health.BLOCKED:
             standing.health, standing.reason, standing.good_answers = Health.PENALISED, reason, 0
 
-    def block(self, device: str, reason: str, now_s: float) -> None:
-        """Use a device no more until a probe is answered."""
+    def block(self, device: str, reason: str, now_s: float, silent_since_s: float | None = None) -> None:
+        """Use a device no more until a probe is answered.
+
+        Args:
+            device: whose.
+            reason: as it is shown.
+            now_s: the next probe is due some time after; each block doubles it.
+            silent_since_s: when it was last heard, if its silence is the reason.
+        """
         standing = self.of(device)
         pause_s = min(PROBE_LAST_S, 2 * standing.probe_pause_s) if standing.failures else PROBE_FIRST_S
-        self.standings[device] = Standing(Health.BLOCKED, reason, 0, standing.failures + 1, now_s + pause_s, pause_s)
+        self.standings[device] = Standing(
+            Health.BLOCKED, reason, 0, standing.failures + 1, now_s + pause_s, pause_s, silent_since_s
+        )
+
+    def on_heard(self, device: str, heard_s: float, now_s: float) -> None:
+        """Make the next probe due at once where a device was blocked for its silence and has been heard since."""
+        standing = self.of(device)
+        if standing.silent_since_s is not None and heard_s > standing.silent_since_s:
+            standing.silent_since_s, standing.probe_at_s = None, now_s
 
     def on_joined(self, device: str) -> None:
         """Take a device that said hello: one that was blocked may work again, under watch."""

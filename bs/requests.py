@@ -233,16 +233,17 @@ class Requests:
             if pending.want.attempts and now_s >= pending.check_s:
                 self._suspect(pending, now_s)
         for device in list(self._hub.devices.values()):
+            self.fleet.on_heard(device.name, device.last_heard_s, now_s)
             # Pings are only sent while the loop turns, so old silence alone proves nothing.
             if len(device.pings) >= SILENT_PINGS and now_s - device.last_heard_s > SILENT_PINGS * HEARTBEAT_S:
-                self._on_silent(device.name, now_s - device.last_heard_s)
+                self._on_silent(device.name, device.last_heard_s, now_s)
         for name in self.fleet.probes_due(self._hub.devices, now_s):
             self._probe(name)
 
-    def _on_silent(self, name: str, silent_s: float) -> None:
+    def _on_silent(self, name: str, heard_s: float, now_s: float) -> None:
         """Give a silent device no more work; what it owes has deadlines of its own."""
         if self.fleet.usable(name) and not self._of(name):
-            self.fleet.block(name, f"silent for {silent_s:.1f} s", self._hub.clock.now_s())
+            self.fleet.block(name, f"silent for {now_s - heard_s:.1f} s", now_s, heard_s)
 
     def _suspect(self, pending: Pending, now_s: float) -> None:
         name = pending.shipment.device
@@ -272,7 +273,9 @@ class Requests:
     def _fail(self, error: DeviceError) -> None:
         """Block a device and find another way for everything it owes."""
         name = error.device
-        self.fleet.block(name, str(error).partition(": ")[2], self._hub.clock.now_s())
+        now_s, device = self._hub.clock.now_s(), self._hub.devices.get(name)
+        silent = device is not None and now_s - device.last_heard_s >= SILENT_S
+        self.fleet.block(name, str(error).partition(": ")[2], now_s, device.last_heard_s if device and silent else None)
         for pending in self._of(name):
             want, attempt = pending.want, pending.attempt
             if attempt not in want.attempts:

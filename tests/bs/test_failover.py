@@ -13,7 +13,7 @@ import pytest
 from inprocess import System, open_system, run_sequence
 
 from wdmoe.bs.dispatch import combine
-from wdmoe.bs.fleet import Health
+from wdmoe.bs.fleet import PROBE_LAST_S, Health
 from wdmoe.bs.microbatch import pack_sequence
 from wdmoe.bs.policies import Exact, Wlr
 from wdmoe.bs.records import Record
@@ -153,6 +153,25 @@ def test_a_blocked_device_works_again_after_a_probe(bundle: Path) -> None:
         for _ in range(15):
             run_sequence(system, PROMPT)
         assert fleet.of("device-3").health is Health.HEALTHY
+
+
+def test_a_device_that_froze_often_is_probed_as_soon_as_it_is_heard_again(bundle: Path) -> None:
+    with open_system(bundle, replicas=[3]) as system:
+        sound = system.link.peers[b"device-3"]
+        fleet = system.pipeline.requests.fleet
+        for _ in range(8):
+            fleet.block("device-3", "froze", system.clock.now_s())
+        fleet.on_probe_answered("device-3")
+        fleet.penalise("replica-3", "so that the other is asked")
+        break_device(system, "device-3", vanished)
+        run_sequence(system, PROMPT)
+        for _ in range(60):
+            system.pipeline.idle(0.1)
+        assert fleet.of("device-3").probe_pause_s == PROBE_LAST_S and not fleet.usable("device-3")
+        system.link.peers[b"device-3"] = sound
+        for _ in range(30):
+            system.pipeline.idle(0.1)
+        assert fleet.usable("device-3")  # after three seconds of the sixty
 
 
 def test_a_device_that_comes_back_is_used_again(bundle: Path) -> None:

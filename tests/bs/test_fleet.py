@@ -52,6 +52,20 @@ def test_probes_pause_longer_each_time_up_to_a_limit() -> None:
     assert pauses == sorted(pauses) and pauses[0] == 1.0 and pauses[-1] == PROBE_LAST_S
 
 
+def test_who_was_blocked_for_silence_and_is_heard_again_is_probed_at_once() -> None:
+    fleet = Fleet()
+    for _ in range(10):  # so that the pause is long
+        fleet.block("silent", "silent for 2.0 s", 100.0, silent_since_s=98.0)
+        fleet.block("wrong", "not finite", 100.0)
+    fleet.on_heard("silent", 98.0, 103.0)  # nothing new
+    assert fleet.probes_due(["silent", "wrong"], 103.0) == []
+    for device in ("silent", "wrong"):
+        fleet.on_heard(device, 103.5, 104.0)
+    assert fleet.probes_due(["silent", "wrong"], 104.0) == ["silent"]
+    fleet.on_heard("silent", 104.5, 105.0)  # once: if it does not answer, it has to wait again
+    assert fleet.probes_due(["silent", "wrong"], 105.0) == []
+
+
 def test_only_connected_devices_are_probed() -> None:
     fleet = Fleet()
     fleet.block("a", "lost", 0.0)
