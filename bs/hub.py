@@ -34,6 +34,7 @@ from wdmoe.runtime.messages import (
 
 HEARTBEAT_S = 1.0
 GOODBYE_WAIT_S = 0.5
+FIRST_PING_WAIT_S = 2.0
 KEPT_PINGS = 16  # unanswered ones, of each device
 FORGOTTEN_S = 60.0  # a device that has been silent for so long, though pinged, counts as gone
 MAX_DEVICES = 1024  # connected at the same time: each is pinged, and anybody may join an unencrypted link
@@ -165,14 +166,18 @@ class Hub:
         return sorted({placement[block][expert][0] for block, expert in self.missing_experts()})
 
     def wait_for_devices(self, timeout_s: float, on_change: Callable[[], None] = lambda: None) -> None:
-        """Wait until every expert is served and every device has answered a ping.
+        """Wait until every expert is served, then a moment until every device has answered a ping.
 
         Raises:
             DevicesMissing: some are still missing when the time is up; says which.
         """
-        deadline_s = self.clock.now_s() + timeout_s
+        now_s = self.clock.now_s()
+        deadline_s, complete_s = now_s + timeout_s, float("inf")
         while (missing := self.missing_devices()) or any(not d.latency.round_trip_ms for d in self.devices.values()):
-            left_s = deadline_s - self.clock.now_s()
+            now_s = self.clock.now_s()
+            complete_s = float("inf") if missing else min(complete_s, now_s)
+            # Whoever never answers must not hold up those that do.
+            left_s = min(deadline_s, complete_s + FIRST_PING_WAIT_S) - now_s
             if left_s <= 0:
                 break
             if self.turn(min(left_s, 0.25)):

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from inprocess import System, open_system
 
-from wdmoe.bs.hub import FORGOTTEN_S, Hub, Joined, Left
+from wdmoe.bs.hub import FIRST_PING_WAIT_S, FORGOTTEN_S, Hub, Joined, Left
 from wdmoe.runtime.errors import DevicesMissing
 from wdmoe.runtime.links import MemoryLink, Parcel
 from wdmoe.runtime.messages import (
@@ -59,6 +59,13 @@ def test_devices_are_welcome_with_what_they_hold(system: System) -> None:
     assert system.hub.missing_experts() == [] and system.hub.missing_devices() == []
     names, owner = system.hub.owners()
     assert [names[k] for k in owner[1]] == [f"device-{k}" for k in (0, 0, 1, 1, 2, 2, 3, 3)]
+
+
+def test_who_never_answers_a_ping_holds_nobody_up_for_long(system: System) -> None:
+    say(system, b"mute", hello(system, device="mute", session="mute"))
+    before_s = system.clock.now_s()
+    system.hub.wait_for_devices(60.0)
+    assert "mute" in system.hub.devices and system.clock.now_s() - before_s <= FIRST_PING_WAIT_S + 0.5
 
 
 @pytest.mark.parametrize(
