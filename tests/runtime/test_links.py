@@ -98,6 +98,12 @@ def test_wake_ends_a_wait(open_link: OpenLink) -> None:
         assert link.exchange([], 60.0) == []  # a minute would run into the test's own time limit
 
 
+def test_a_link_that_is_closed_may_be_woken() -> None:
+    link = listen("tcp://127.0.0.1:0", 1 << 20)
+    link.close()
+    link.wake()  # a second signal may arrive while a device is going
+
+
 def test_waiting_for_nothing_moves_only_the_virtual_clock() -> None:
     clock = VirtualClock()
     MemoryLink({}, clock).exchange([], 3600.0)
