@@ -7,19 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzzing import (
-    Frames,
-    Tally,
-    fuzz_base_station,
-    fuzz_decoding,
-    fuzz_device_socket,
-    fuzz_files,
-    fuzz_service,
-    fuzz_station_socket,
-    lawful,
-    recorded_frames,
-    throw_oversized,
-)
+from fuzzing.files import fuzz_files
+from fuzzing.frames import Frames, Tally, recorded_frames
+from fuzzing.inside import fuzz_base_station, fuzz_decoding, fuzz_service
+from fuzzing.lawful import lawful
+from fuzzing.sockets import fuzz_device_socket, fuzz_station_socket, throw_oversized
 from guarded import open_guarded
 
 Corpus = tuple[list[Frames], int]

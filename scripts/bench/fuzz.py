@@ -23,17 +23,10 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "tests"), str(ROOT)]
-from fuzzing import (
-    Tally,
-    fuzz_base_station,
-    fuzz_decoding,
-    fuzz_device_socket,
-    fuzz_files,
-    fuzz_service,
-    fuzz_station_socket,
-    recorded_frames,
-    throw_oversized,
-)
+from fuzzing.files import fuzz_files
+from fuzzing.frames import Tally, recorded_frames
+from fuzzing.inside import fuzz_base_station, fuzz_decoding, fuzz_service
+from fuzzing.sockets import fuzz_device_socket, fuzz_station_socket, throw_oversized
 from guarded import open_guarded
 from processes import exit_on_sigterm
 
