@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from wdmoe.export.bundle import ExportConfig, ExportPlan
     from wdmoe.export.placement import PlacementOptions
     from wdmoe.export.planning import DryRun
-    from wdmoe.runtime.manifest import Precision
+    from wdmoe.runtime.manifest import Precision, StagePrecision
 
 _INTERRUPTED = 130
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -93,6 +92,10 @@ def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Of the experts; auto: fp32 for a float32 checkpoint, else fp16. int8, int4: weights only.",
 )  # fmt: skip
 @click.option(
+    "--stages", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
+    help="Of the base station's weights; fp16 halves their files, computing stays float32.",
+)  # fmt: skip
+@click.option(
     "--clamp", is_flag=True,
     help="Turn weights that fp16 cannot hold into its largest value, and count them, instead of stopping.",
 )  # fmt: skip
@@ -108,6 +111,7 @@ def main(
     model: str | None,
     out: Path,
     precision: Precision | Literal["auto"],
+    stages: StagePrecision,
     clamp: bool,
     dry_run: bool,
     force: bool,
@@ -130,8 +134,9 @@ def main(
     from wdmoe.export.bundle import ExportConfig
 
     config = ExportConfig(
-        out, precision=precision, force=force, clamp=clamp, placement=options, device_memory_bytes=device_memory
-    )
+        out, precision=precision, stages=stages, force=force, clamp=clamp, placement=options,
+        device_memory_bytes=device_memory,
+    )  # fmt: skip
     with _plain_errors(f"interrupted; the same command goes on from {out}.partial"):
         if dry_run:
             _show_plan(_dry_run(model, config, options), as_json)
@@ -171,7 +176,9 @@ def _dry_run(model: str, config: ExportConfig, options: PlacementOptions) -> Dry
     with _usage_errors():
         placement = config.place(spec, precision)
     counts = read_counts(options.counts, spec.n_blocks, spec.n_experts)
-    return dry_run(layout, origin, precision, placement, counts, options.speeds, config.device_memory_bytes)
+    return dry_run(
+        layout, origin, precision, placement, counts, options.speeds, config.device_memory_bytes, config.stages
+    )
 
 
 def _show_plan_of_export(plan: ExportPlan, config: ExportConfig, options: PlacementOptions) -> None:
@@ -186,7 +193,9 @@ def _show_plan_of_export(plan: ExportPlan, config: ExportConfig, options: Placem
         spec = plan.layout.spec
         counts = read_counts(options.counts, spec.n_blocks, spec.n_experts)
         origin, memory = str(plan.checkpoint.folder), config.device_memory_bytes
-        shown = dry_run(plan.layout, origin, plan.precision, plan.placement, counts, options.speeds, memory)
+        shown = dry_run(
+            plan.layout, origin, plan.precision, plan.placement, counts, options.speeds, memory, plan.stages
+        )
         Console(stderr=True).print(plan_table(shown))
 
 
@@ -216,14 +225,9 @@ def _export(model: str, config: ExportConfig, options: PlacementOptions, as_json
         result = export_bundle(plan, config, on_bytes)
     bundle = read_bundle(result.out)
     if as_json:
-        made = {"out": str(result.out), "already_there": result.already_there, "losses": asdict(result.losses)}
+        made = {"out": str(result.out), "already_there": result.already_there}
         click.echo(json.dumps(made | bundle.as_json()))
         return
-    if result.losses.clamped or result.losses.to_zero:
-        click.echo(
-            f"fp16: {result.losses.clamped} weights were clamped, {result.losses.to_zero} are too small and became 0",
-            err=True,
-        )
     Console().print(summary(bundle))
     click.echo(f"{result.out} is already there, nothing to do" if result.already_there else f"wrote {result.out}")
 

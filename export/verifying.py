@@ -25,7 +25,7 @@ from wdmoe.export.station import weight_files
 from wdmoe.export.weights import Part
 from wdmoe.runtime.engines import load_engine
 from wdmoe.runtime.errors import BundleError
-from wdmoe.runtime.manifest import BsManifest, DeviceManifest, ExpertEntry, Precision
+from wdmoe.runtime.manifest import BsManifest, DeviceManifest, ExpertEntry, Precision, StagePrecision
 from wdmoe.runtime.tensor_file import read_spans
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ _TEXT = (
 class Bound:
     """What a precision may cost."""
 
-    rms: float  # of an expert's answers, relative; the stages are float32 and must be equal
+    rms: float  # of an expert's answers, relative; float32 stages must be equal
     divergence: float  # mean KL over the text, nats
 
 
@@ -56,6 +56,8 @@ BOUNDS: dict[Precision, Bound] = {
     "int8": Bound(0.04, 0.015),
     "int4": Bound(0.35, 0.2),
 }
+_STAGE_RMS: dict[StagePrecision, float] = {"fp32": 0.0, "fp16": 2.0**-11}  # half of the last place of a float16
+_STAGE_DIVERGENCE: dict[StagePrecision, float] = {"fp32": 0.0, "fp16": 1e-3}  # added to the bound of the experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +153,8 @@ def verify_bundle(
     layout, bound = layout_of(checkpoint, bs.model.name), bound or BOUNDS[bs.precision]
     say("comparing the weights of the base station")
     station = tuple(
-        _station_piece(bundle / "bs" / name, parts, checkpoint) for name, parts in weight_files(layout).items()
+        _station_piece(bundle / "bs" / name, parts, checkpoint, _STAGE_RMS[bs.stage_precision])
+        for name, parts in weight_files(layout).items()
     )
     original, exported = _original(checkpoint, layout), _exported(bundle, found.devices)
     say(f"comparing {experts} experts")
@@ -170,7 +173,7 @@ def verify_bundle(
         _piece("logits", logits, exact),
         _mean_divergence(exact, logits),
         float((logits.argmax(axis=1) == exact.argmax(axis=1)).mean()),
-        bound.divergence,
+        bound.divergence + _STAGE_DIVERGENCE[bs.stage_precision],
     )
     return Verification(bs.bundle_id, bs.precision, station, tuple(compared), text)
 
@@ -202,7 +205,7 @@ def verification_table(found: Verification) -> RenderableType:
     return Group(table, Text(experts), Text(whole))
 
 
-def _station_piece(path: Path, parts: tuple[Part, ...], checkpoint: Checkpoint) -> Piece:
+def _station_piece(path: Path, parts: tuple[Part, ...], checkpoint: Checkpoint, bound: float) -> Piece:
     spans = read_spans(path)
     losses = Losses()
     for part in parts:
@@ -218,7 +221,7 @@ def _station_piece(path: Path, parts: tuple[Part, ...], checkpoint: Checkpoint) 
                     count = min(len(left), len(exact) - at)
                     losses.add_error(left[:count], exact[at : at + count])
                     left, at = left[count:], at + count
-    return Piece(path.name, losses.largest_error, losses.rms_error, 0.0)
+    return Piece(path.name, losses.largest_error, losses.rms_error, bound)
 
 
 def _original(checkpoint: Checkpoint, layout: ModelLayout) -> Callable[[int, int, FloatArray], FloatArray]:

@@ -16,12 +16,13 @@ import msgspec
 from wdmoe.runtime.errors import BundleError
 
 FORMAT: Final = "wdmoe-bundle"
-VERSION = 3
+VERSION = 4
 MANIFEST_NAME = "manifest.json"
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)  # largest first
 QUANTISED: Final[tuple[Precision, ...]] = ("int8", "int4")
+StagePrecision = Literal["fp32", "fp16"]  # of the weights of the BS; it computes in float32
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Index = Annotated[int, msgspec.Meta(ge=0)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
@@ -85,6 +86,14 @@ class QuantisationError(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     rms: float  # of all experts together: root of the mean squared error over root of the mean square
 
 
+class HalfLosses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What float16 did not hold of the weights that were stored in it."""
+
+    weights: Index  # how many were
+    clamped: Index  # too large, now the largest float16
+    to_zero: Index  # too small, now zero
+
+
 class ExpertEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One expert of a device's slice."""
 
@@ -112,6 +121,9 @@ class BsManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
     files: dict[FileName, FileEntry]
     shared: tuple[FileName, ...] = ()  # one graph a block where the model has shared experts
     quantisation_error: QuantisationError | None = None  # of all experts, where they are int8 or int4
+    stage_precision: StagePrecision = "fp32"
+    expert_losses: HalfLosses | None = None  # where experts are fp16
+    stage_losses: HalfLosses | None = None  # where stages are fp16
     manifest_sha256: str = ""  # of this manifest with this field empty; set when it is written
 
     @property
