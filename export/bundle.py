@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+from wdmoe.export.calibration import golden_calibration
 from wdmoe.export.checkpoint import Checkpoint, open_checkpoint
 from wdmoe.export.conversion import Losses
 from wdmoe.export.device_folder import Frame, can_link, write_device
@@ -232,7 +233,7 @@ def _write(partial: Path, journal: Journal, plan: ExportPlan, config: ExportConf
     write_manifest(bs_folder, BsManifest(
         format=FORMAT, version=VERSION, bundle_id=name, model=spec, source=plan.source, precision=plan.precision,
         experts=hashes, placement=plan.placement, stages=tuple(station.stages), head=station.head,
-        tokenizer=station.tokenizer, chat_template=station.chat_template, files=station.files,
+        calibration=golden_calibration(experts), tokenizer=station.tokenizer, chat_template=station.chat_template, files=station.files,
         shared=tuple(station.shared), quantisation_error=error, stage_precision=plan.stages,
         expert_losses=_half_losses(losses) if plan.precision == "fp16" else None,
         stage_losses=_half_losses(stage_losses) if plan.stages == "fp16" else None,

@@ -52,6 +52,8 @@ class Inspection:
             "quantisation_error": None
             if manifest.quantisation_error is None
             else to_builtins(manifest.quantisation_error),
+            "calibration": None if self.bs is None else self.bs.calibration.source,
+            "calibration_tokens": None if self.bs is None else self.bs.calibration.tokens,
             "stage_precision": None if self.bs is None else self.bs.stage_precision,
             "losses": None if self.bs is None else {name: _plain(found) for name, found in _losses(self.bs).items()},
             "n_blocks": model.n_blocks,
@@ -124,6 +126,8 @@ def summary(inspection: Inspection) -> RenderableType:
         rows["precision"] += f" (answers off by {error.rms:.2%} RMS, {error.largest:.2%} at most)"
     if inspection.bs is not None:
         rows["precision"] += f", stages {inspection.bs.stage_precision}"
+        calibration = inspection.bs.calibration
+        rows["norms"] = f"of {calibration.tokens:,} tokens" if calibration.source == "text" else "of the golden rows"
         rows |= {f"fp16 of {of}": _told(found) for of, found in _losses(inspection.bs).items() if found is not None}
     for name, value in rows.items():
         facts.add_row(name, value)

@@ -18,20 +18,18 @@ from wdmoe.export.bundle import layout_of
 from wdmoe.export.checkpoint import Checkpoint, open_checkpoint, read_pieces
 from wdmoe.export.conversion import Losses, to_float32
 from wdmoe.export.families import ModelLayout
-from wdmoe.export.forward import FloatArray, Forward, IntArray
+from wdmoe.export.forward import FloatArray, Forward, IntArray, RunExpert, bundle_experts
 from wdmoe.export.inspection import read_bundle
 from wdmoe.export.slicing import answers_of, golden_rows
 from wdmoe.export.station import weight_files
 from wdmoe.export.weights import Part
-from wdmoe.runtime.engines import load_engine
 from wdmoe.runtime.errors import BundleError
-from wdmoe.runtime.manifest import BsManifest, DeviceManifest, ExpertEntry, Precision, StagePrecision
+from wdmoe.runtime.manifest import BsManifest, Precision, StagePrecision
 from wdmoe.runtime.tensor_file import read_spans
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-ENGINE = "onnxruntime"
 _SEED = 20251123
 _TEXT = (
     "The base station keeps what every token needs, and the devices keep what few of them need. A token asks for two "
@@ -156,7 +154,7 @@ def verify_bundle(
         _station_piece(bundle / "bs" / name, parts, checkpoint, _STAGE_RMS[bs.stage_precision])
         for name, parts in weight_files(layout).items()
     )
-    original, exported = _original(checkpoint, layout), _exported(bundle, found.devices)
+    original, exported = _original(checkpoint, layout), bundle_experts(bundle, found.devices)
     say(f"comparing {experts} experts")
     compared: list[Piece] = []
     for block, expert in _sample(bs, experts):
@@ -165,7 +163,7 @@ def verify_bundle(
         compared.append(_piece(name, exported(block, expert, rows), original(block, expert, rows), bound.rms))
     ids = _token_ids(bundle / "bs", bs, tokens)
     say(f"running a text of {len(ids)} tokens, twice")
-    passes = (Forward(bundle / "bs", bs, ids, run).blocks() for run in (exported, original))
+    passes = (Forward(bundle / "bs", bs, [ids], run).blocks() for run in (exported, original))
     *blocks, (logits, exact) = zip(*passes, strict=True)
     text = TextErrors(
         len(ids),
@@ -224,7 +222,7 @@ def _station_piece(path: Path, parts: tuple[Part, ...], checkpoint: Checkpoint, 
     return Piece(path.name, losses.largest_error, losses.rms_error, bound)
 
 
-def _original(checkpoint: Checkpoint, layout: ModelLayout) -> Callable[[int, int, FloatArray], FloatArray]:
+def _original(checkpoint: Checkpoint, layout: ModelLayout) -> RunExpert:
     def run(block: int, expert: int, rows: FloatArray) -> FloatArray:
         names = layout.expert(block, expert)
         weights = (
@@ -232,19 +230,6 @@ def _original(checkpoint: Checkpoint, layout: ModelLayout) -> Callable[[int, int
             for name in (names.gate, names.up, names.down)
         )
         return answers_of(rows, *weights)
-
-    return run
-
-
-def _exported(bundle: Path, devices: tuple[DeviceManifest, ...]) -> Callable[[int, int, FloatArray], FloatArray]:
-    where: dict[tuple[int, int], tuple[Path, ExpertEntry]] = {}
-    for device in devices:
-        folder = bundle / f"device-{device.device}"
-        where |= {(entry.block, entry.expert): (folder, entry) for entry in device.experts}
-
-    def run(block: int, expert: int, rows: FloatArray) -> FloatArray:
-        folder, entry = where[block, expert]
-        return load_engine(ENGINE, folder, [entry], 1).run(block, expert, rows)
 
     return run
 

@@ -25,6 +25,7 @@ QUANTISED: Final[tuple[Precision, ...]] = ("int8", "int4")
 StagePrecision = Literal["fp32", "fp16"]  # of the weights of the BS; it computes in float32
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Index = Annotated[int, msgspec.Meta(ge=0)]
+Size = Annotated[float, msgspec.Meta(ge=0)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 # Names only, never paths: nothing a manifest says can reach outside its own folder.
 FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
@@ -94,6 +95,16 @@ class HalfLosses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     to_zero: Index  # too small, now zero
 
 
+class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How large the experts' answers are and how often each is chosen; see docs/bundle-format.md, Calibration."""
+
+    source: Literal["golden", "text"]  # the golden rows, all of them by every expert; or what a text was routed to
+    norms: tuple[tuple[Size, ...], ...]  # [block][expert] -> mean L2 norm of its answers, before the gate weight
+    tokens: Index = 0  # of the text
+    counts: tuple[tuple[Index, ...], ...] = ()  # [block][expert] -> how many of them chose it
+    tokens_sha256: Sha256 | None = None  # over their ids, 8 bytes each
+
+
 class ExpertEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One expert of a device's slice."""
 
@@ -116,6 +127,7 @@ class BsManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
     placement: tuple[tuple[tuple[Index, ...], ...], ...]  # [block][expert] -> numbers of the devices that hold it
     stages: tuple[FileName, ...]  # n_blocks + 1 graphs
     head: FileName
+    calibration: Calibration
     tokenizer: FileName | None
     chat_template: FileName | None
     files: dict[FileName, FileEntry]
@@ -278,7 +290,13 @@ def _check_shape(path: Path, manifest: Manifest) -> None:
         raise BundleError(f"{path}: top_k {model.top_k} is more than n_experts {model.n_experts}")
     named: list[str]
     if isinstance(manifest, BsManifest):
-        grid = {"experts": manifest.experts, "placement": manifest.placement}
+        grid: dict[str, tuple[tuple[object, ...], ...]] = {
+            "experts": manifest.experts,
+            "placement": manifest.placement,
+            "calibration.norms": manifest.calibration.norms,
+        }
+        if manifest.calibration.source == "text":
+            grid["calibration.counts"] = manifest.calibration.counts
         for field, table in grid.items():
             if len(table) != model.n_blocks or any(len(row) != model.n_experts for row in table):
                 raise BundleError(f"{path}: field {field} is not {model.n_blocks} blocks x {model.n_experts} experts")
