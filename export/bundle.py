@@ -14,7 +14,7 @@ from wdmoe.export.calibration import golden_calibration
 from wdmoe.export.checkpoint import Checkpoint, open_checkpoint
 from wdmoe.export.conversion import Losses
 from wdmoe.export.device_folder import Frame, can_link, write_device
-from wdmoe.export.families import FAMILIES, Config, ModelLayout
+from wdmoe.export.families import FAMILIES, Config, ModelLayout, check_family
 from wdmoe.export.journal import JOURNAL_NAME, Journal
 from wdmoe.export.parallel import OnBytes, default_workers, run_all
 from wdmoe.export.placement import Placement, PlacementOptions, device_count, held_by
@@ -22,7 +22,7 @@ from wdmoe.export.sizing import expert_file_bytes, most_held, sizes_of
 from wdmoe.export.slicing import ExpertFile, ExpertStore, golden_rows
 from wdmoe.export.station import StationWeights, put_weights, weight_files, write_station
 from wdmoe.export.weights import Part, all_expert_parts, check_tensors, station_parts
-from wdmoe.runtime.errors import BundleError, CheckpointError
+from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -135,14 +135,6 @@ def layout_of(checkpoint: Checkpoint, name: str) -> ModelLayout:
     check_family(checkpoint.config, str(checkpoint.folder / "config.json"))
     generation = checkpoint.json("generation_config.json") or {}
     return FAMILIES[checkpoint.model_type](Config(checkpoint.config, generation, checkpoint.names), name)
-
-
-def check_family(config: dict[str, object], where: str) -> None:
-    """Refuse a config of a family that is not known."""
-    if config.get("model_type") not in FAMILIES:
-        raise CheckpointError(
-            f"{where}: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
-        )
 
 
 def export_bundle(plan: ExportPlan, config: ExportConfig, on_bytes: OnBytes = lambda _: None) -> ExportResult:
