@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import click
 
 from wdmoe.bs.cli_devices import devices
@@ -18,10 +20,28 @@ Examples:
   wdmoe-bs quality --policy wlr --data-dir data
   wdmoe-bs generate --chat "How does bread stay fresh?"
   wdmoe-bs devices
+  wdmoe-bs plan --model mixtral --devices 4xagx-orin-32gb --link wifi-6-near
 """
 
 
-@click.group(epilog=_EPILOG, context_settings={"show_default": True})
+# Commands that stand elsewhere, as engines do: name -> where it is; imported when it is asked for. Planning begins with a
+# model's config, which only the exporter reads.
+_ELSEWHERE = {"plan": "wdmoe.export.cli_plan:plan"}
+
+
+class _Commands(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *_ELSEWHERE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = _ELSEWHERE[cmd_name].partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+
+@click.group(cls=_Commands, epilog=_EPILOG, context_settings={"show_default": True})
 @click.version_option(package_name="wdmoe")
 def main() -> None:
     """Run a Mixture-of-Experts model whose experts live on devices.

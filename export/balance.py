@@ -40,13 +40,14 @@ def read_counts(path: Path | None, n_blocks: int, n_experts: int) -> Counts:
     return tuple(tuple(map(float, row)) for row in table)
 
 
-def balanced(counts: Counts, speeds: Sequence[float], most_held: int | None) -> Placement:
+def balanced(counts: Counts, speeds: Sequence[float], most_held: int | Sequence[int] | None) -> Placement:
     """Give every expert one device.
 
     Args:
         counts: of choices.
         speeds: of the devices, in any unit.
-        most_held: experts of all blocks together that fit on one device; None: any number.
+        most_held: experts of all blocks together that fit on one device, the same on all or device by device; None: any
+            number.
 
     Raises:
         ValueError: the experts do not fit, or there are more devices than experts.
@@ -54,7 +55,10 @@ def balanced(counts: Counts, speeds: Sequence[float], most_held: int | None) -> 
     n_devices, n_experts = len(speeds), len(counts[0])
     if n_devices > n_experts * len(counts):
         raise ValueError(f"{n_devices} devices for {n_experts * len(counts)} experts: some would hold none")
-    left = [most_held if most_held is not None else len(counts) * n_experts] * n_devices
+    if isinstance(most_held, Sequence):
+        left = list(most_held)
+    else:
+        left = [most_held if most_held is not None else len(counts) * n_experts] * n_devices
     if sum(left) < len(counts) * n_experts:
         raise ValueError(f"{n_devices} devices hold {sum(left)} experts, the model has {len(counts) * n_experts}")
     rows: list[tuple[tuple[int, ...], ...]] = []

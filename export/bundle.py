@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+from wdmoe.export.calibration import golden_calibration
 from wdmoe.export.checkpoint import Checkpoint, open_checkpoint
 from wdmoe.export.conversion import Losses
 from wdmoe.export.device_folder import Frame, can_link, write_device
-from wdmoe.export.families import FAMILIES, Config, ModelLayout
+from wdmoe.export.families import FAMILIES, Config, ModelLayout, check_family
 from wdmoe.export.journal import JOURNAL_NAME, Journal
 from wdmoe.export.parallel import OnBytes, default_workers, run_all
 from wdmoe.export.placement import Placement, PlacementOptions, device_count, held_by
@@ -21,7 +22,7 @@ from wdmoe.export.sizing import expert_file_bytes, most_held, sizes_of
 from wdmoe.export.slicing import ExpertFile, ExpertStore, golden_rows
 from wdmoe.export.station import StationWeights, put_weights, weight_files, write_station
 from wdmoe.export.weights import Part, all_expert_parts, check_tensors, station_parts
-from wdmoe.runtime.errors import BundleError, CheckpointError
+from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -29,10 +30,12 @@ from wdmoe.runtime.manifest import (
     VERSION,
     BsManifest,
     DeviceManifest,
+    HalfLosses,
     ModelSpec,
     Precision,
     QuantisationError,
     Source,
+    StagePrecision,
     bundle_id,
     read_manifest,
     write_manifest,
@@ -48,6 +51,7 @@ class ExportConfig:
     devices: int | None = None
     precision: Precision | Literal["auto"] = "auto"
     force: bool = False  # replace a bundle that is already there
+    stages: StagePrecision = "fp32"  # weights of the base station
     clamp: bool = False  # turn values that float16 cannot hold into its largest instead of stopping
     workers: int = field(default_factory=default_workers)  # threads
     placement: PlacementOptions | None = None  # in place of the two numbers above
@@ -74,6 +78,7 @@ class ExportPlan:
     checkpoint: Checkpoint
     layout: ModelLayout
     precision: Precision
+    stages: StagePrecision
     placement: Placement
 
     @property
@@ -95,7 +100,6 @@ class ExportResult:
     out: Path
     bundle_id: str
     already_there: bool
-    losses: Losses = field(default_factory=Losses)  # of the experts
 
 
 def plan_export(folder: Path, name: str, config: ExportConfig) -> ExportPlan:
@@ -119,7 +123,7 @@ def plan_export(folder: Path, name: str, config: ExportConfig) -> ExportPlan:
         precision = "fp32" if dtypes <= {"F32", "F64"} else "fp16"
     else:
         precision = config.precision
-    return ExportPlan(checkpoint, layout, precision, config.place(layout.spec, precision))
+    return ExportPlan(checkpoint, layout, precision, config.stages, config.place(layout.spec, precision))
 
 
 def layout_of(checkpoint: Checkpoint, name: str) -> ModelLayout:
@@ -131,14 +135,6 @@ def layout_of(checkpoint: Checkpoint, name: str) -> ModelLayout:
     check_family(checkpoint.config, str(checkpoint.folder / "config.json"))
     generation = checkpoint.json("generation_config.json") or {}
     return FAMILIES[checkpoint.model_type](Config(checkpoint.config, generation, checkpoint.names), name)
-
-
-def check_family(config: dict[str, object], where: str) -> None:
-    """Refuse a config of a family that is not known."""
-    if config.get("model_type") not in FAMILIES:
-        raise CheckpointError(
-            f"{where}: model_type {config.get('model_type')!r} is not supported; supported: {', '.join(FAMILIES)}"
-        )
 
 
 def export_bundle(plan: ExportPlan, config: ExportConfig, on_bytes: OnBytes = lambda _: None) -> ExportResult:
@@ -169,11 +165,11 @@ def export_bundle(plan: ExportPlan, config: ExportConfig, on_bytes: OnBytes = la
     with Journal(partial) as journal:
         _clear(partial, plan)
         _check_room(partial, plan)
-        made, losses = _write(partial, journal, plan, config, on_bytes)
+        made = _write(partial, journal, plan, config, on_bytes)
         _replace(out, partial)
         # Last, so that an export killed anywhere before finds all that it had finished.
         (out / JOURNAL_NAME).unlink()
-    return ExportResult(out, made, already_there=False, losses=losses)
+    return ExportResult(out, made, already_there=False)
 
 
 def _clear(partial: Path, plan: ExportPlan) -> None:
@@ -187,9 +183,7 @@ def _clear(partial: Path, plan: ExportPlan) -> None:
             stale.unlink()
 
 
-def _write(
-    partial: Path, journal: Journal, plan: ExportPlan, config: ExportConfig, on_bytes: OnBytes
-) -> tuple[str, Losses]:
+def _write(partial: Path, journal: Journal, plan: ExportPlan, config: ExportConfig, on_bytes: OnBytes) -> str:
     spec, bs_folder = plan.layout.spec, partial / "bs"
     bs_folder.mkdir(exist_ok=True)
     store = ExpertStore(partial / "experts", journal, plan.checkpoint, plan.precision, config.clamp)
@@ -203,7 +197,9 @@ def _write(
         return lambda count: store.put(block, number, names, golden[block], spec.d_ff, count)
 
     def weights_job(name: str, parts: tuple[Part, ...]) -> Callable[[OnBytes], StationWeights]:
-        return lambda count: put_weights(bs_folder / name, parts, plan.checkpoint, journal, count)
+        return lambda count: put_weights(
+            bs_folder / name, parts, plan.checkpoint, journal, plan.stages, config.clamp, count
+        )
 
     files = weight_files(plan.layout)
     jobs: list[Callable[[OnBytes], ExpertFile | StationWeights]] = []
@@ -218,9 +214,7 @@ def _write(
 
     hashes = tuple(tuple(expert.entry.sha256 for expert in row) for row in experts)
     name = bundle_id(spec, plan.precision, hashes, station.model_hashes)
-    losses = Losses()
-    for expert in flat:
-        losses.add(expert.losses)
+    losses, stage_losses = _sum(flat), _sum(weights)
     error = None
     if plan.precision in QUANTISED:
         error = QuantisationError(losses.largest_error, losses.rms_error)
@@ -231,10 +225,23 @@ def _write(
     write_manifest(bs_folder, BsManifest(
         format=FORMAT, version=VERSION, bundle_id=name, model=spec, source=plan.source, precision=plan.precision,
         experts=hashes, placement=plan.placement, stages=tuple(station.stages), head=station.head,
-        tokenizer=station.tokenizer, chat_template=station.chat_template, files=station.files,
-        shared=tuple(station.shared), quantisation_error=error,
+        calibration=golden_calibration(experts), tokenizer=station.tokenizer, chat_template=station.chat_template, files=station.files,
+        shared=tuple(station.shared), quantisation_error=error, stage_precision=plan.stages,
+        expert_losses=_half_losses(losses) if plan.precision == "fp16" else None,
+        stage_losses=_half_losses(stage_losses) if plan.stages == "fp16" else None,
     ))  # fmt: skip
-    return name, losses
+    return name
+
+
+def _sum(files: Sequence[ExpertFile] | Sequence[StationWeights]) -> Losses:
+    total = Losses()
+    for file in files:
+        total.add(file.losses)
+    return total
+
+
+def _half_losses(losses: Losses) -> HalfLosses:
+    return HalfLosses(losses.weights, losses.clamped, losses.to_zero)
 
 
 def _is_taken(out: Path) -> bool:
@@ -256,6 +263,7 @@ def _difference(out: Path, present: BsManifest, plan: ExportPlan) -> str | None:
         "model": plan.layout.spec,
         "source": plan.source,
         "precision": plan.precision,
+        "stage_precision": plan.stages,
         "placement": plan.placement,
     }
     for name, value in planned.items():
@@ -274,7 +282,7 @@ def _difference(out: Path, present: BsManifest, plan: ExportPlan) -> str | None:
 
 def _check_room(partial: Path, plan: ExportPlan) -> None:
     """Refuse to begin what cannot be finished."""
-    sizes = sizes_of(plan.layout, plan.placement)
+    sizes = sizes_of(plan.layout, plan.placement, plan.stages)
     needed = sizes.bundle_bytes(plan.precision)
     spec = plan.layout.spec
     expert_bytes = expert_file_bytes(plan.layout, plan.precision)

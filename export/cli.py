@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from wdmoe.export.bundle import ExportConfig, ExportPlan
     from wdmoe.export.placement import PlacementOptions
     from wdmoe.export.planning import DryRun
-    from wdmoe.runtime.manifest import Precision
+    from wdmoe.runtime.manifest import Precision, StagePrecision
 
 _INTERRUPTED = 130
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -27,6 +26,7 @@ Examples:
   wdmoe-export --model smollm2-moe
   wdmoe-export --model ~/Mixtral-8x7B-v0.1 --experts-per-device 2 --out bundle
   wdmoe-export --model mixtral --experts-per-device 2 --dry-run --device-memory 32GB
+  wdmoe-export calibrate bundle --text book.txt
   wdmoe-export inspect bundle
 """
 
@@ -37,6 +37,18 @@ def read_size(text: str) -> int:
     if found is None or found[2].upper() not in _UNITS or not float(found[1]):
         raise click.BadParameter(f"{text!r} is not a size; expected one like 16GB or 512MiB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def read_memory(text: str) -> int:
+    """Read a size, or the name of a device whose memory is known, in bytes."""
+    from wdmoe.profiles.modelled import hardware_names, memory_bytes
+
+    if text in hardware_names():
+        return memory_bytes(text)
+    try:
+        return read_size(text)
+    except click.BadParameter as error:
+        raise click.BadParameter(f"{error.message}, or a device: {', '.join(hardware_names())}") from None
 
 
 def read_numbers(text: str) -> tuple[float, ...]:
@@ -64,14 +76,18 @@ def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--counts", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
-            help="How often each expert is chosen, JSON [block][expert], for balanced and for --replicas.",
+            help="How often each expert is chosen, for balanced and for --replicas: what calibrate --counts wrote, "
+            "or JSON [block][expert].",
         ),
         click.option("--speeds", type=read_numbers, metavar="A,B,...", help="Speed of each device, in any unit."),
         click.option(
             "--replicas", type=click.IntRange(min=0), default=0, metavar="N", show_default=True,
             help="Give the N most used experts of each block a second device, where --device-memory allows.",
         ),
-        click.option("--device-memory", type=read_size, metavar="SIZE", help="Memory of a device, such as 16GB."),
+        click.option(
+            "--device-memory", type=read_memory, metavar="SIZE|DEVICE",
+            help="Memory of a device, such as 16GB or orin-nx-16gb.",
+        ),
     ]  # fmt: skip
     for option in reversed(options):
         command = option(command)
@@ -93,6 +109,10 @@ def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Of the experts; auto: fp32 for a float32 checkpoint, else fp16. int8, int4: weights only.",
 )  # fmt: skip
 @click.option(
+    "--stages", type=click.Choice(["fp32", "fp16"]), default="fp32", show_default=True,
+    help="Of the base station's weights; fp16 halves their files, computing stays float32.",
+)  # fmt: skip
+@click.option(
     "--clamp", is_flag=True,
     help="Turn weights that fp16 cannot hold into its largest value, and count them, instead of stopping.",
 )  # fmt: skip
@@ -108,6 +128,7 @@ def main(
     model: str | None,
     out: Path,
     precision: Precision | Literal["auto"],
+    stages: StagePrecision,
     clamp: bool,
     dry_run: bool,
     force: bool,
@@ -130,8 +151,9 @@ def main(
     from wdmoe.export.bundle import ExportConfig
 
     config = ExportConfig(
-        out, precision=precision, force=force, clamp=clamp, placement=options, device_memory_bytes=device_memory
-    )
+        out, precision=precision, stages=stages, force=force, clamp=clamp, placement=options,
+        device_memory_bytes=device_memory,
+    )  # fmt: skip
     with _plain_errors(f"interrupted; the same command goes on from {out}.partial"):
         if dry_run:
             _show_plan(_dry_run(model, config, options), as_json)
@@ -171,7 +193,9 @@ def _dry_run(model: str, config: ExportConfig, options: PlacementOptions) -> Dry
     with _usage_errors():
         placement = config.place(spec, precision)
     counts = read_counts(options.counts, spec.n_blocks, spec.n_experts)
-    return dry_run(layout, origin, precision, placement, counts, options.speeds, config.device_memory_bytes)
+    return dry_run(
+        layout, origin, precision, placement, counts, options.speeds, config.device_memory_bytes, config.stages
+    )
 
 
 def _show_plan_of_export(plan: ExportPlan, config: ExportConfig, options: PlacementOptions) -> None:
@@ -186,7 +210,9 @@ def _show_plan_of_export(plan: ExportPlan, config: ExportConfig, options: Placem
         spec = plan.layout.spec
         counts = read_counts(options.counts, spec.n_blocks, spec.n_experts)
         origin, memory = str(plan.checkpoint.folder), config.device_memory_bytes
-        shown = dry_run(plan.layout, origin, plan.precision, plan.placement, counts, options.speeds, memory)
+        shown = dry_run(
+            plan.layout, origin, plan.precision, plan.placement, counts, options.speeds, memory, plan.stages
+        )
         Console(stderr=True).print(plan_table(shown))
 
 
@@ -216,14 +242,9 @@ def _export(model: str, config: ExportConfig, options: PlacementOptions, as_json
         result = export_bundle(plan, config, on_bytes)
     bundle = read_bundle(result.out)
     if as_json:
-        made = {"out": str(result.out), "already_there": result.already_there, "losses": asdict(result.losses)}
+        made = {"out": str(result.out), "already_there": result.already_there}
         click.echo(json.dumps(made | bundle.as_json()))
         return
-    if result.losses.clamped or result.losses.to_zero:
-        click.echo(
-            f"fp16: {result.losses.clamped} weights were clamped, {result.losses.to_zero} are too small and became 0",
-            err=True,
-        )
     Console().print(summary(bundle))
     click.echo(f"{result.out} is already there, nothing to do" if result.already_there else f"wrote {result.out}")
 
@@ -239,7 +260,7 @@ def place(bundle: Path, out: Path, as_json: bool, device_memory: int | None, **p
     """Make a bundle with another placement out of one that is there, by hard links: no second export.
 
     The new bundle has the same id: its devices and base station work with those of the old one. Without a placement,
-    --replicas adds to the one that BUNDLE has.
+    --replicas adds to the one that BUNDLE has; without --counts, those of a calibration by text count.
     """
     from rich.console import Console
 
@@ -253,8 +274,9 @@ def place(bundle: Path, out: Path, as_json: bool, device_memory: int | None, **p
         manifest = read_manifest(bundle / "bs", BsManifest)
         spec = manifest.model
         limit = None if device_memory is None else most_held(spec, manifest.precision, device_memory)
+        measured = manifest.calibration.counts
         with _usage_errors():
-            placement = options.place(spec.n_blocks, spec.n_experts, limit, manifest.placement)
+            placement = options.place(spec.n_blocks, spec.n_experts, limit, manifest.placement, measured)
         made = place_again(bundle, out, placement)
     if as_json:
         click.echo(json.dumps({"out": str(out), **made.as_json()}))
@@ -279,6 +301,48 @@ def inspect(folder: Path, as_json: bool) -> None:
         return
     Console().print(summary(found))
     click.echo(f"{folder}: every file is as the manifest says")
+
+
+@main.command(epilog="\b\nExample:\n  wdmoe-export calibrate bundle --text book.txt --counts counts.json")
+@click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--text", "texts", multiple=True, required=True, metavar="FILE",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Text like what the model will be used for; may be given several times.",
+)  # fmt: skip
+@click.option("--tokens", type=click.IntRange(min=2), default=8192, show_default=True, help="Of all texts together.")
+@click.option(
+    "--counts", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Write how often each expert was chosen there, for --counts of a placement.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def calibrate(bundle: Path, texts: tuple[Path, ...], tokens: int, counts: Path | None, as_json: bool) -> None:
+    """Measure how large each expert's answers are on a text, and how often it is chosen.
+
+    Both are written into the manifest of the base station; the bundle keeps its id, and its devices need nothing new.
+    Runs block by block in this process, with ONNX Runtime: memory holds one expert, one stage and a row for each token.
+    """
+    from rich.console import Console
+
+    with _plain_errors("interrupted; the manifest is as it was"):
+        from wdmoe.export.calibration import calibrate_bundle, calibration_json, calibration_table
+        from wdmoe.runtime.manifest import BsManifest, read_manifest
+
+        n_blocks = read_manifest(bundle / "bs", BsManifest).model.n_blocks
+        with _progress("calibrating", n_blocks, "blocks") as on_blocks:
+            made = calibrate_bundle(
+                bundle, texts, tokens, lambda text: click.echo(text, err=True), lambda: on_blocks(1)
+            )
+        result = json.dumps(calibration_json(read_manifest(bundle / "bs", BsManifest)))
+        if counts is not None:
+            partial = counts.with_name(counts.name + ".partial")
+            partial.write_text(result + "\n", encoding="utf-8")
+            partial.replace(counts)
+    if as_json:
+        click.echo(result)
+        return
+    Console().print(calibration_table(made))
+    click.echo(f"wrote the norms and counts into {bundle / 'bs' / 'manifest.json'}")
 
 
 @main.command(epilog="\b\nExample:\n  wdmoe-export verify bundle --model smollm2-moe")
@@ -348,14 +412,15 @@ def _usage_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _progress(task: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
+def _progress(task: str, total: int, unit: Literal["bytes", "blocks"] = "bytes") -> Iterator[Callable[[int], None]]:
     """Show a bar on stderr, if that is a terminal."""
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()]
+    of_bytes = [bars.DownloadColumn(), bars.TransferSpeedColumn()]
+    shown: list[Any] = of_bytes if unit == "bytes" else [bars.MofNCompleteColumn()]
+    columns = [bars.TextColumn("{task.description}"), bars.BarColumn(), *shown, bars.TimeRemainingColumn()]
     console = Console(stderr=True)
-    columns.append(TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        number = bar.add_task(task, total=total_bytes)
-        yield lambda size_bytes: bar.advance(number, size_bytes)
+    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        number = bar.add_task(task, total=total)
+        yield lambda done: bar.advance(number, done)

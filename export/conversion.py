@@ -28,6 +28,7 @@ _BF16_VANISHING_BITS = 0x3300  # 2^-25
 class Losses:
     """What a precision did not hold."""
 
+    weights: int = 0  # stored as float16
     clamped: int = 0  # weights too large for float16, now its largest
     to_zero: int = 0  # weights too small for float16, now zero
     # Of quantised experts: how far their answers to the golden rows are from those of the checkpoint's own weights.
@@ -37,6 +38,7 @@ class Losses:
 
     def add(self, other: Losses) -> None:
         """Count those of another part too."""
+        self.weights += other.weights
         self.clamped += other.clamped
         self.to_zero += other.to_zero
         self.largest_error = max(self.largest_error, other.largest_error)
@@ -67,7 +69,12 @@ def to_float32(raw: Array, dtype: str) -> npt.NDArray[np.float32]:
 
 
 def to_float16(
-    raw: Array, dtype: str, tensor: object, losses: Losses | None = None, clamp: bool = False
+    raw: Array,
+    dtype: str,
+    tensor: object,
+    losses: Losses | None = None,
+    clamp: bool = False,
+    option: str = "--precision",
 ) -> npt.NDArray[np.float16]:
     """Convert weights to float16; what is below its smallest value becomes zero.
 
@@ -77,32 +84,48 @@ def to_float16(
         tensor: its name, or whatever names it, for the error.
         losses: is told of what float16 does not hold.
         clamp: whether a value that is too large becomes the largest float16; NaN never does.
+        option: which asked for float16, for the error.
 
     Raises:
         CheckpointError: a value does not fit into float16.
     """
+    losses = losses if losses is not None else Losses()
+    losses.weights += raw.size
     if dtype == "F16" or not raw.size:
         return raw.astype(np.float16, copy=False)
-    losses = losses if losses is not None else Losses()
-    return _from_bfloat16(raw, tensor, losses, clamp) if dtype == "BF16" else _from_wider(raw, tensor, losses, clamp)
+    try:
+        return _from_bfloat16(raw, losses, clamp) if dtype == "BF16" else _from_wider(raw, losses, clamp)
+    except _TooLarge as error:
+        raise CheckpointError(
+            f"tensor {tensor}: the value {error.worst:g} does not fit into float16 (largest 65504); "
+            f"export with {option} fp32{'' if math.isnan(error.worst) else ', or clamp it with --clamp'}"
+        ) from None
 
 
-def _from_bfloat16(raw: Array, tensor: object, losses: Losses, clamp: bool) -> npt.NDArray[np.float16]:
+class _TooLarge(Exception):
+    """A value does not fit into float16."""
+
+    def __init__(self, values: Array) -> None:
+        size = np.abs(values.astype(np.float64))
+        self.worst = float("nan") if np.isnan(size).any() else float(size.max())
+
+
+def _from_bfloat16(raw: Array, losses: Losses, clamp: bool) -> npt.NDArray[np.float16]:
     size = raw & np.uint16(0x7FFF)
     largest = int(size.max())
     if largest >= _BF16_LIMIT_BITS:
         if not clamp or largest > _BF16_INFINITE_BITS:
-            raise _too_large(tensor, to_float32(raw, "BF16"))
+            raise _TooLarge(to_float32(raw, "BF16"))
         losses.clamped += int(np.count_nonzero(size >= np.uint16(_BF16_LIMIT_BITS)))
     losses.to_zero += int(np.count_nonzero(size) - np.count_nonzero(size > np.uint16(_BF16_VANISHING_BITS)))
     return np.take(_bf16_table(), raw)
 
 
-def _from_wider(raw: Array, tensor: object, losses: Losses, clamp: bool) -> npt.NDArray[np.float16]:
+def _from_wider(raw: Array, losses: Losses, clamp: bool) -> npt.NDArray[np.float16]:
     size = np.abs(raw)
     if not float(size.max()) < _FLOAT16_LIMIT:  # NaN compares false
         if not clamp or np.isnan(size).any():
-            raise _too_large(tensor, raw)
+            raise _TooLarge(raw)
         losses.clamped += int(np.count_nonzero(size >= _FLOAT16_LIMIT))
         raw = np.clip(raw, -_FLOAT16_LARGEST, _FLOAT16_LARGEST)
     losses.to_zero += int(np.count_nonzero(size) - np.count_nonzero(size > _FLOAT16_VANISHING))
@@ -115,13 +138,3 @@ def _bf16_table() -> npt.NDArray[np.float16]:
     with np.errstate(invalid="ignore", under="ignore"):
         values = to_float32(np.arange(1 << 16, dtype=np.uint16), "BF16")
         return np.clip(values, -_FLOAT16_LARGEST, _FLOAT16_LARGEST).astype(np.float16)
-
-
-def _too_large(tensor: object, values: Array) -> CheckpointError:
-    size = np.abs(values.astype(np.float64))
-    worst = float("nan") if np.isnan(size).any() else float(size.max())
-    remedy = "" if np.isnan(worst) else ", or clamp it with --clamp"
-    return CheckpointError(
-        f"tensor {tensor}: the value {worst:g} does not fit into float16 (largest 65504); "
-        f"export with --precision fp32{remedy}"
-    )

@@ -68,6 +68,15 @@ class _Graph:
                 self.add("Cast", [name], f"{name}_f32", to=TensorProto.FLOAT)
         return f"{name}_f32" if weight.span.dtype == "F16" else name
 
+    def gathered(self, name: str, indices: str, output: str) -> str:
+        """Take rows of a weight; of a float16 one only those are cast, where a cast of all of it would be folded."""
+        weight = self._weights[name]
+        self._initializers[name] = _external(name, weight)
+        if weight.span.dtype != "F16":
+            return self.add("Gather", [name, indices], output, axis=0)
+        rows = self.add("Gather", [name, indices], f"{output}_f16", axis=0)
+        return self.add("Cast", [rows], output, to=TensorProto.FLOAT)
+
     def integers(self, name: str, values: Sequence[int]) -> str:
         """Use a small constant."""
         self._initializers[name] = helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
@@ -179,7 +188,7 @@ def stage_graph(layout: ModelLayout, block: int, weights: Mapping[str, Weight]) 
     graph = _Graph(f"stage_{block:02d}", STATION_OPSET, weights)
     if block == 0:
         tokens = graph.input("token_ids", ["N"], TensorProto.INT64)
-        embedded = graph.add("Gather", [graph.weight("embedding"), tokens], "embedded", axis=0)
+        embedded = graph.gathered("embedding", tokens, "embedded")
         residual = graph.scaled(embedded, multipliers.embedding)
     else:
         before, moe_out = graph.input("residual", ["N", d_model]), graph.input("moe_out", ["N", d_model])

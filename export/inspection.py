@@ -16,6 +16,7 @@ from wdmoe.runtime.manifest import (
     BsManifest,
     DeviceManifest,
     FileEntry,
+    HalfLosses,
     bundle_id,
     read_manifest,
     sha256_of,
@@ -51,6 +52,10 @@ class Inspection:
             "quantisation_error": None
             if manifest.quantisation_error is None
             else to_builtins(manifest.quantisation_error),
+            "calibration": None if self.bs is None else self.bs.calibration.source,
+            "calibration_tokens": None if self.bs is None else self.bs.calibration.tokens,
+            "stage_precision": None if self.bs is None else self.bs.stage_precision,
+            "losses": None if self.bs is None else {name: _plain(found) for name, found in _losses(self.bs).items()},
             "n_blocks": model.n_blocks,
             "n_experts": model.n_experts,
             "top_k": model.top_k,
@@ -112,13 +117,18 @@ def summary(inspection: Inspection) -> RenderableType:
         "shape": f"{model.n_blocks} blocks x {model.n_experts} experts, top-{model.top_k}, "
         f"d_model {model.d_model}, d_ff {model.d_ff}, vocabulary {model.vocab_size}"
         + (", shared expert at the BS" if model.shared_expert else ""),
-        "precision": f"experts {manifest.precision}, stages fp32",
+        "precision": f"experts {manifest.precision}",
         "bundle id": manifest.bundle_id,
         "checkpoint": manifest.source.checkpoint_sha256,
         "exporter": manifest.source.exporter,
     }
     if (error := manifest.quantisation_error) is not None:
-        rows["precision"] += f"; answers of the experts are off by {error.rms:.2%} (RMS), {error.largest:.2%} at most"
+        rows["precision"] += f" (answers off by {error.rms:.2%} RMS, {error.largest:.2%} at most)"
+    if inspection.bs is not None:
+        rows["precision"] += f", stages {inspection.bs.stage_precision}"
+        calibration = inspection.bs.calibration
+        rows["norms"] = f"of {calibration.tokens:,} tokens" if calibration.source == "text" else "of the golden rows"
+        rows |= {f"fp16 of {of}": _told(found) for of, found in _losses(inspection.bs).items() if found is not None}
     for name, value in rows.items():
         facts.add_row(name, value)
     table = Table()
@@ -213,6 +223,18 @@ def _held(device: DeviceManifest) -> str:
     if len(rows) == device.model.n_blocks and all(row == rows[0] for row in rows):
         return f"experts {', '.join(map(str, rows[0]))} of every block"
     return f"{len(device.experts)} experts of {len(rows)} blocks"
+
+
+def _losses(bs: BsManifest) -> dict[str, HalfLosses | None]:
+    return {"experts": bs.expert_losses, "stages": bs.stage_losses}
+
+
+def _plain(losses: HalfLosses | None) -> dict[str, int] | None:
+    return None if losses is None else to_builtins(losses)
+
+
+def _told(losses: HalfLosses) -> str:
+    return f"{losses.weights:,} weights; {losses.clamped:,} clamped, {losses.to_zero:,} too small and now 0"
 
 
 def _size_of(files: dict[str, FileEntry]) -> int:

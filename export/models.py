@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wdmoe.export.bundle import check_family
+from wdmoe.export.families import check_family
 from wdmoe.runtime.errors import CheckpointError
 
 SMALL_MODEL = "smollm2-moe"  # made on this machine, see smollm2.py

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wdmoe.export.balance import Placement, add_replicas, balanced, read_counts
+from wdmoe.export.balance import Counts, Placement, add_replicas, balanced, read_counts
 from wdmoe.runtime.errors import BundleError
 
 __all__ = [
@@ -52,7 +52,12 @@ class PlacementOptions:
             raise ValueError("counts and speeds are for a balanced placement or for replicas")
 
     def place(
-        self, n_blocks: int, n_experts: int, most_held: int | None = None, current: Placement | None = None
+        self,
+        n_blocks: int,
+        n_experts: int,
+        most_held: int | None = None,
+        current: Placement | None = None,
+        measured: Counts | None = None,
     ) -> Placement:
         """Place the experts of a model.
 
@@ -62,12 +67,13 @@ class PlacementOptions:
             most_held: experts, of all blocks together, that fit on one device; None: any number. Only a balanced
                 placement and replicas heed it.
             current: placement to begin with, where the options name none.
+            measured: how often each expert was chosen, where the options name no file.
 
         Raises:
             ValueError: the options do not fit the model or each other.
             BundleError: a file is damaged.
         """
-        counts = read_counts(self.counts, n_blocks, n_experts)
+        counts = measured if measured and not self.counts else read_counts(self.counts, n_blocks, n_experts)
         if self.file is not None:
             placement = read_placement(self.file, n_blocks, n_experts)
         elif self.balance:

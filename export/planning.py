@@ -9,7 +9,7 @@ from wdmoe.export.balance import Counts, expected_times
 from wdmoe.export.families import ModelLayout
 from wdmoe.export.placement import Placement, device_count, held_by
 from wdmoe.export.sizing import HEADROOM, Sizes, advice, fits, sizes_of
-from wdmoe.runtime.manifest import PRECISIONS, Precision
+from wdmoe.runtime.manifest import PRECISIONS, Precision, StagePrecision
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,6 +22,7 @@ class DryRun:
     layout: ModelLayout
     origin: str  # where the config is from
     precision: Precision
+    stages: StagePrecision
     placement: Placement
     sizes: Sizes
     counts: Counts
@@ -61,6 +62,7 @@ class DryRun:
             "config": self.origin,
             "parameters": self.sizes.parameters,
             "precision": self.precision,
+            "stage_precision": self.stages,
             "n_blocks": spec.n_blocks,
             "n_experts": spec.n_experts,
             "bs": asdict(self.sizes.station),
@@ -90,11 +92,12 @@ def dry_run(
     counts: Counts,
     speeds: tuple[float, ...],
     device_memory_bytes: int | None,
+    stages: StagePrecision = "fp32",
 ) -> DryRun:
     """Work out a plan; arguments as the fields of `DryRun`, speeds may be empty."""
     speeds = speeds or (1.0,) * device_count(placement)
-    sizes = sizes_of(layout, placement)
-    return DryRun(layout, origin, precision, placement, sizes, counts, speeds, device_memory_bytes)
+    sizes = sizes_of(layout, placement, stages)
+    return DryRun(layout, origin, precision, stages, placement, sizes, counts, speeds, device_memory_bytes)
 
 
 def plan_table(plan: DryRun) -> RenderableType:
@@ -116,7 +119,7 @@ def plan_table(plan: DryRun) -> RenderableType:
                 name, justify="left" if name in ("folder", "experts") else "right", no_wrap=name != "experts"
             )
     stages = [gb(station.disk_bytes), *[gb(station.memory_bytes)] * len(PRECISIONS)]
-    table.add_row("bs", "none, stages fp32", *(["-"] if uneven else []), *stages)
+    table.add_row("bs", f"none, stages {plan.stages}", *(["-"] if uneven else []), *stages)
     for device, time in enumerate(plan.times()):
         cells = [f"{time:.2f}"] if uneven else []
         cells.append(gb(plan.sizes.devices[plan.precision][device].disk_bytes))

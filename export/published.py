@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from wdmoe.export.bundle import check_family
 from wdmoe.export.checkpoint import read_config
-from wdmoe.export.families import FAMILIES, Config, ModelLayout
+from wdmoe.export.families import FAMILIES, Config, ModelLayout, check_family
 from wdmoe.export.models import ALIASES, SMALL_MODEL, find_checkpoint
 from wdmoe.runtime.errors import CheckpointError
 from wdmoe.runtime.manifest import Precision
@@ -41,7 +40,7 @@ def layout_from_config(
         known = json.loads(PUBLISHED.read_text(encoding="utf-8"))["models"]
         if name not in known:
             raise CheckpointError(
-                f"{model}: --dry-run needs its config.json: give a folder that holds it, or one of {', '.join(known)}"
+                f"{model}: a plan needs its config.json: give a folder that holds it, or one of {', '.join(known)}"
             )
         config, origin = known[name], f"published config of {name}"
     check_family(config, origin)

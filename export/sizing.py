@@ -9,8 +9,8 @@ from wdmoe.export.families import ModelLayout
 from wdmoe.export.placement import Placement, device_count, held_by
 from wdmoe.export.slicing import GOLDEN_ROWS
 from wdmoe.export.station import weight_files
-from wdmoe.export.weights import Part, all_expert_parts, station_parts
-from wdmoe.runtime.manifest import PRECISIONS, ModelSpec, Precision
+from wdmoe.export.weights import Part, all_expert_parts, embedding_parts, station_parts
+from wdmoe.runtime.manifest import PRECISIONS, ModelSpec, Precision, StagePrecision
 from wdmoe.runtime.quantised import Layout, expert_layout
 from wdmoe.runtime.tensor_file import encode_header, total_bytes
 
@@ -38,7 +38,7 @@ class DeviceSize:
 
 @dataclass(frozen=True, slots=True)
 class StationSize:
-    """The base station; its stages are float32 whatever the experts are."""
+    """The base station."""
 
     disk_bytes: int
     kv_bytes: int  # keys and values of `context` tokens
@@ -59,7 +59,7 @@ class Sizes:
         return self.station.disk_bytes + sum(device.disk_bytes for device in self.devices[precision])
 
 
-def sizes_of(layout: ModelLayout, placement: Placement) -> Sizes:
+def sizes_of(layout: ModelLayout, placement: Placement, stages: StagePrecision = "fp32") -> Sizes:
     """Work out the sizes of a bundle: weights exactly, graphs and manifests about."""
     spec = layout.spec
     held = [len(held_by(placement, device)) for device in range(device_count(placement))]
@@ -71,7 +71,7 @@ def sizes_of(layout: ModelLayout, placement: Placement) -> Sizes:
         for precision in PRECISIONS
     }  # fmt: skip
     parts = (*station_parts(layout), *all_expert_parts(layout))
-    return Sizes(sum(math.prod(part.shape) for part in parts), _station_size(layout), devices)
+    return Sizes(sum(math.prod(part.shape) for part in parts), station_size(layout, stages), devices)
 
 
 def expert_file_bytes(layout: ModelLayout, precision: Precision) -> int:
@@ -132,21 +132,26 @@ def _overhead(spec: ModelSpec, n_held: int, precision: Precision) -> int:
     return -(-(golden + rest) // n_held)
 
 
-def _station_size(layout: ModelLayout) -> StationSize:
+def station_size(layout: ModelLayout, stages: StagePrecision = "fp32") -> StationSize:
+    """Work out the size of the base station, whatever the experts are."""
     spec = layout.spec
     files = weight_files(layout)
-    weights = sum(_file_bytes(_floats(parts)) for parts in files.values())
+    weights = sum(_file_bytes(_stored(parts, stages)) for parts in files.values())
+    # ONNX Runtime folds the casts of fp16 matrices when it opens a graph; of the embedding only rows are cast.
+    matrices = [parts for parts in files.values() if parts != embedding_parts(layout) or layout.tied_head]
+    held = sum(_file_bytes(_stored(parts, "fp32")) for parts in matrices)
+    held += _file_bytes(_stored(embedding_parts(layout), stages))
     graphs = len(files) * (_GRAPH_BYTES + 2 * _ENTRY_BYTES) + spec.n_blocks * spec.n_experts * 110
     context = min(CONTEXT_TOKENS, spec.max_positions)
     kv = 2 * spec.n_blocks * spec.kv_dim * context * 4
     mask = _ROWS * (context + _ROWS) * 4 * (1 + spec.n_heads)  # and the scores of one block
     scratch = mask + _ROWS * (spec.vocab_size + 8 * spec.d_model) * 4
-    memory = weights + kv + scratch + _STATION_PROCESS_BYTES
+    memory = held + kv + scratch + _STATION_PROCESS_BYTES
     return StationSize(weights + graphs, kv, context, memory)
 
 
-def _floats(parts: tuple[Part, ...]) -> Layout:
-    return {part.name: ("F32", part.shape) for part in parts}
+def _stored(parts: tuple[Part, ...], stages: StagePrecision) -> Layout:
+    return {part.name: (part.stored_as(stages), part.shape) for part in parts}
 
 
 def _file_bytes(tensors: Layout) -> int:

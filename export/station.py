@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from wdmoe.export.checkpoint import Checkpoint
+from wdmoe.export.conversion import Losses
 from wdmoe.export.families import ModelLayout
 from wdmoe.export.journal import Finished, Journal
 from wdmoe.export.weights import (
@@ -21,7 +22,7 @@ from wdmoe.export.weights import (
     stage_parts,
     write_station_weights,
 )
-from wdmoe.runtime.manifest import FileEntry, sha256_of
+from wdmoe.runtime.manifest import FileEntry, StagePrecision, sha256_of
 from wdmoe.runtime.tensor_file import read_spans
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class StationWeights:
 
     entry: FileEntry
     weights: dict[str, Weight]
+    losses: Losses
 
 
 def weight_files(layout: ModelLayout) -> dict[str, tuple[Part, ...]]:
@@ -70,18 +72,27 @@ def weight_files(layout: ModelLayout) -> dict[str, tuple[Part, ...]]:
 
 
 def put_weights(
-    path: Path, parts: tuple[Part, ...], checkpoint: Checkpoint, journal: Journal, on_bytes: Callable[[int], None]
+    path: Path,
+    parts: tuple[Part, ...],
+    checkpoint: Checkpoint,
+    journal: Journal,
+    precision: StagePrecision,
+    clamp: bool,
+    on_bytes: Callable[[int], None],
 ) -> StationWeights:
     """Write one weight file, or find it written."""
-    key = f"{checkpoint.stamp} bs {path.name}"
+    how = f"{precision} clamped" if clamp else precision
+    key = f"{checkpoint.stamp} bs {how} {path.name}"
     if (finished := journal.find(key)) is not None and _is_whole(path, finished.entry):
         on_bytes(sum(checkpoint.span(name).size_bytes for part in parts for name, _ in part.sources))
         return StationWeights(
-            finished.entry, {name: Weight(path.name, span) for name, span in read_spans(path).items()}
+            finished.entry,
+            {name: Weight(path.name, span) for name, span in read_spans(path).items()},
+            finished.losses,
         )
-    weights, entry = write_station_weights(path, checkpoint, parts, on_bytes)
-    journal.add(key, Finished(entry))
-    return StationWeights(entry, weights)
+    weights, entry, losses = write_station_weights(path, checkpoint, parts, precision, clamp, on_bytes)
+    journal.add(key, Finished(entry, losses))
+    return StationWeights(entry, weights, losses)
 
 
 def write_station(

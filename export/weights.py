@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wdmoe.export.checkpoint import Checkpoint, ExpertRows, TensorName, check_floats, wrong_shape
-from wdmoe.export.conversion import to_float32
+from wdmoe.export.conversion import Losses, to_float16, to_float32
 from wdmoe.export.families import ExpertNames, ModelLayout
 from wdmoe.export.tensor_writer import TensorWriter
 from wdmoe.runtime.errors import CheckpointError
-from wdmoe.runtime.manifest import FileEntry
+from wdmoe.runtime.manifest import FileEntry, StagePrecision
 from wdmoe.runtime.tensor_file import TensorSpan
 
 Shape = tuple[int, ...]
+# Matrices that stay float32 whatever the stages are: small, and what they say decides who is asked.
+_ALWAYS_FLOAT32 = ("router", "shared_gate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,11 @@ class Part:
         """Shape of the tensor written."""
         shapes = [shape for _, shape in self.sources]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+    def stored_as(self, precision: StagePrecision) -> str:
+        """Return the safetensors type that a part of the base station has: norms and biases are float32 as well."""
+        half = precision == "fp16" and len(self.shape) > 1 and self.name not in _ALWAYS_FLOAT32
+        return "F16" if half else "F32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,23 +152,36 @@ def check_tensors(checkpoint: Checkpoint, layout: ModelLayout) -> None:
 
 
 def write_station_weights(
-    path: Path, checkpoint: Checkpoint, parts: tuple[Part, ...], on_bytes: Callable[[int], None]
-) -> tuple[dict[str, Weight], FileEntry]:
-    """Write weights of the base station as float32.
+    path: Path,
+    checkpoint: Checkpoint,
+    parts: tuple[Part, ...],
+    precision: StagePrecision,
+    clamp: bool,
+    on_bytes: Callable[[int], None],
+) -> tuple[dict[str, Weight], FileEntry, Losses]:
+    """Write weights of the base station.
 
     Args:
         path: of the safetensors file.
         checkpoint: where the weights come from.
         parts: what the file shall hold.
+        precision: of its matrices.
+        clamp: whether values that float16 cannot hold become its largest.
         on_bytes: called with the number of bytes read from the checkpoint since the last call.
+
+    Raises:
+        CheckpointError: a weight does not fit into float16.
     """
-    with TensorWriter(path, {part.name: ("F32", part.shape) for part in parts}) as writer:
+    losses = Losses()
+    with TensorWriter(path, {part.name: (part.stored_as(precision), part.shape) for part in parts}) as writer:
         for part in parts:
+            half = part.stored_as(precision) == "F16"
             for name, _ in part.sources:
                 dtype = checkpoint.span(name).dtype
-                for piece in checkpoint.pieces(name):
-                    writer.write(to_float32(piece, dtype))
-                    on_bytes(piece.nbytes)
+                for raw in checkpoint.pieces(name):
+                    piece = to_float16(raw, dtype, name, losses, clamp, "--stages") if half else to_float32(raw, dtype)
+                    writer.write(piece)
+                    on_bytes(raw.nbytes)
         entry = writer.finish()
         writer.rename(path)
-    return {part.name: Weight(path.name, writer.spans[part.name]) for part in parts}, entry
+    return {part.name: Weight(path.name, writer.spans[part.name]) for part in parts}, entry, losses

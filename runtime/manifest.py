@@ -16,14 +16,16 @@ import msgspec
 from wdmoe.runtime.errors import BundleError
 
 FORMAT: Final = "wdmoe-bundle"
-VERSION = 3
+VERSION = 4
 MANIFEST_NAME = "manifest.json"
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)  # largest first
 QUANTISED: Final[tuple[Precision, ...]] = ("int8", "int4")
+StagePrecision = Literal["fp32", "fp16"]  # of the weights of the BS; it computes in float32
 Count = Annotated[int, msgspec.Meta(ge=1)]
 Index = Annotated[int, msgspec.Meta(ge=0)]
+Size = Annotated[float, msgspec.Meta(ge=0)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 # Names only, never paths: nothing a manifest says can reach outside its own folder.
 FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
@@ -85,6 +87,24 @@ class QuantisationError(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     rms: float  # of all experts together: root of the mean squared error over root of the mean square
 
 
+class HalfLosses(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What float16 did not hold of the weights that were stored in it."""
+
+    weights: Index  # how many were
+    clamped: Index  # too large, now the largest float16
+    to_zero: Index  # too small, now zero
+
+
+class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How large the experts' answers are and how often each is chosen; see docs/bundle-format.md, Calibration."""
+
+    source: Literal["golden", "text"]  # the golden rows, all of them by every expert; or what a text was routed to
+    norms: tuple[tuple[Size, ...], ...]  # [block][expert] -> mean L2 norm of its answers, before the gate weight
+    tokens: Index = 0  # of the text
+    counts: tuple[tuple[Index, ...], ...] = ()  # [block][expert] -> how many of them chose it
+    tokens_sha256: Sha256 | None = None  # over their ids, 8 bytes each
+
+
 class ExpertEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One expert of a device's slice."""
 
@@ -107,11 +127,15 @@ class BsManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
     placement: tuple[tuple[tuple[Index, ...], ...], ...]  # [block][expert] -> numbers of the devices that hold it
     stages: tuple[FileName, ...]  # n_blocks + 1 graphs
     head: FileName
+    calibration: Calibration
     tokenizer: FileName | None
     chat_template: FileName | None
     files: dict[FileName, FileEntry]
     shared: tuple[FileName, ...] = ()  # one graph a block where the model has shared experts
     quantisation_error: QuantisationError | None = None  # of all experts, where they are int8 or int4
+    stage_precision: StagePrecision = "fp32"
+    expert_losses: HalfLosses | None = None  # where experts are fp16
+    stage_losses: HalfLosses | None = None  # where stages are fp16
     manifest_sha256: str = ""  # of this manifest with this field empty; set when it is written
 
     @property
@@ -266,7 +290,13 @@ def _check_shape(path: Path, manifest: Manifest) -> None:
         raise BundleError(f"{path}: top_k {model.top_k} is more than n_experts {model.n_experts}")
     named: list[str]
     if isinstance(manifest, BsManifest):
-        grid = {"experts": manifest.experts, "placement": manifest.placement}
+        grid: dict[str, tuple[tuple[object, ...], ...]] = {
+            "experts": manifest.experts,
+            "placement": manifest.placement,
+            "calibration.norms": manifest.calibration.norms,
+        }
+        if manifest.calibration.source == "text":
+            grid["calibration.counts"] = manifest.calibration.counts
         for field, table in grid.items():
             if len(table) != model.n_blocks or any(len(row) != model.n_experts for row in table):
                 raise BundleError(f"{path}: field {field} is not {model.n_blocks} blocks x {model.n_experts} experts")

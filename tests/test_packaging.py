@@ -22,7 +22,7 @@ LAYERS = {  # folder -> folders of ours that it may import
     "runtime": {"profiles"},
     "bs": {"runtime", "profiles"},
     "device": {"runtime", "profiles"},
-    "export": {"runtime"},
+    "export": {"runtime", "profiles"},
 }
 
 

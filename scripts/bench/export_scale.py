@@ -4,7 +4,7 @@
 
 Makes a random bf16 checkpoint in shards (hidden 4096, ffn 14336, 8 experts, `--blocks` of the 32 blocks; 6.4 GB for 2)
 and exports it, experts in fp16, for four devices, in a process of its own. Needs about 3 times that on the disk; with the
-part `memory` 5 times.
+part `memory` 5 times. `--hidden` and `--ffn` make it narrower, for a trial of the script.
 
 - `peak_rss_mb` (bar: 1536): the largest ru_maxrss of any export, as the kernel reports it when the process ends. It
   counts everything resident, pages of mapped files too; MB are 10^6 bytes. `peak_anonymous_mb` is the part that could not
@@ -13,6 +13,9 @@ part `memory` 5 times.
   over wall time of the export, both from an empty page cache, start-up included; the two take turns, medians of
   `--repeats`. The export writes more bytes than it reads (stages become float32); that is not credited to it.
 - `memory_growth`: `peak_rss_mb` at twice the blocks over that at `--blocks` (bar: 1.10).
+- `quantised`, part `quantised`: the same of exports in int4 and int8, medians of `--repeats`, no copy beside them:
+  `export_mb_per_s` of the checkpoint read, `peak_rss_mb` (bar: 1536 too), `bytes_written`; where the part `rate` ran,
+  `seconds_vs_fp16` and `throughput_vs_copy` (no bar: the arithmetic of quantising is not copying).
 """
 
 from __future__ import annotations
@@ -49,6 +52,8 @@ SHARD_BYTES = 1_000_000_000
 _PIECE = 1 << 20  # random weights drawn at a time
 _SAMPLE_S = 0.02
 _LIMIT_S = 1800.0
+PARTS = ("rate", "memory", "quantised")
+QUANTISED = ("int4", "int8")
 CONFIG: dict[str, Any] = {
     "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_act": "silu", "hidden_size": 4096,
     "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
@@ -74,26 +79,31 @@ class Run:
 @click.option("--blocks", type=click.IntRange(min=1, max=16), default=2, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Of export and copy.")
 @click.option(
-    "--part", "parts", multiple=True, type=click.Choice(["rate", "memory"]), default=("rate", "memory"),
-    show_default=True, help="What to measure; may be given twice.",
+    "--part", "parts", multiple=True, type=click.Choice(PARTS), default=PARTS,
+    show_default=True, help="What to measure; may be given several times.",
 )  # fmt: skip
+@click.option("--hidden", type=click.IntRange(min=64), default=CONFIG["hidden_size"], show_default=True)
+@click.option("--ffn", type=click.IntRange(min=64), default=CONFIG["intermediate_size"], show_default=True)
 @click.option(
     "--scratch", type=click.Path(path_type=Path, file_okay=False), default=None,
     help="Where to put everything meanwhile; by default the folder for temporary files.",
 )  # fmt: skip
-def main(target: str | None, blocks: int, repeats: int, parts: tuple[str, ...], scratch: Path | None) -> None:
+def main(
+    target: str | None, blocks: int, repeats: int, parts: tuple[str, ...], hidden: int, ffn: int, scratch: Path | None
+) -> None:
     """Measure the exporter at full width; exit code 1 if a bar is missed."""
     exit_on_sigterm()
+    config = CONFIG | {"hidden_size": hidden, "intermediate_size": ffn}
     if scratch is not None:
         scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="wdmoe-scale-", dir=scratch) as folder:
         here, use = Path(folder), CpuUse()
-        needed = tensor_bytes(blocks) * (5 if "memory" in parts else 3)
+        needed = tensor_bytes(config, blocks) * (5 if "memory" in parts else 3)
         if (free := shutil.disk_usage(here).free) < needed:
             raise click.ClickException(
                 f"{here}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed; give --scratch or fewer --blocks"
             )
-        checkpoint = make_checkpoint(here / "checkpoint", blocks)
+        checkpoint = make_checkpoint(here / "checkpoint", config, blocks)
         result, exports = measure_rate(here, checkpoint, repeats if "rate" in parts else 0)
         if not exports:
             exports = [export(here, checkpoint)]
@@ -102,12 +112,15 @@ def main(target: str | None, blocks: int, repeats: int, parts: tuple[str, ...], 
             "peak_anonymous_mb": max(run.peak_anonymous_mb for run in exports),
             "bytes_written": exports[0].bytes_written,
         }
+        if "quantised" in parts:
+            result["quantised"] = {one: measure_quantised(here, checkpoint, one, repeats, result) for one in QUANTISED}
         if "memory" in parts:
             shutil.rmtree(checkpoint)
-            twice = export(here, make_checkpoint(here / "checkpoint", 2 * blocks))
+            twice = export(here, make_checkpoint(here / "checkpoint", config, 2 * blocks))
             result["peak_rss_mb_twice_the_blocks"] = twice.peak_rss_mb
             result["memory_growth"] = twice.peak_rss_mb / result["peak_rss_mb"]
-        result |= {"blocks": blocks, "bytes_read": tensor_bytes(blocks), **use.since()}
+        result |= {"blocks": blocks, "hidden": hidden, "ffn": ffn}
+        result |= {"bytes_read": tensor_bytes(config, blocks), **use.since()}
     missed = missed_bars(result)
     bars = {"peak_rss_mb": MAX_PEAK_MB, "throughput_vs_copy": MIN_RATE_RATIO, "memory_growth": MAX_GROWTH}
     result |= {"bars": bars, "passed": not missed, **environment(("numpy", "onnx"))}
@@ -141,11 +154,35 @@ def measure_rate(here: Path, checkpoint: Path, repeats: int) -> tuple[dict[str, 
     }, exports
 
 
-def export(here: Path, checkpoint: Path) -> Run:
+def measure_quantised(
+    here: Path, checkpoint: Path, precision: str, repeats: int, fp16: dict[str, Any]
+) -> dict[str, Any]:
+    """Export in int8 or int4 a few times; compare with fp16 and the copy where those were measured."""
+    runs = [export(here, checkpoint, precision) for _ in range(repeats)]
+    export_s = statistics.median(run.wall_s for run in runs)
+    read_mb = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) / 1e6
+    progress(f"{precision}: export {export_s:.1f} s, peak {max(run.peak_rss_mb for run in runs):.0f} MB")
+    compared = {}
+    if "export_s" in fp16:
+        compared["seconds_vs_fp16"] = export_s / statistics.median(fp16["export_s"])
+        compared["throughput_vs_copy"] = statistics.median(fp16["copy_s"]) / export_s
+    return {
+        "export_mb_per_s": read_mb / export_s,
+        "export_s": [run.wall_s for run in runs],
+        "peak_rss_mb": max(run.peak_rss_mb for run in runs),
+        "peak_anonymous_mb": max(run.peak_anonymous_mb for run in runs),
+        "bytes_written": runs[0].bytes_written,
+        **compared,
+    }
+
+
+def export(here: Path, checkpoint: Path, precision: str = "fp16") -> Run:
     """Export once, from an empty page cache, into a folder that is removed again."""
     forget_files(checkpoint)
     out = here / "bundle"
-    line = command("wdmoe-export", "--model", checkpoint, "--devices", 4, "--precision", "fp16", "--out", out, "--json")
+    line = command(
+        "wdmoe-export", "--model", checkpoint, "--devices", 4, "--precision", precision, "--out", out, "--json"
+    )
     with (here / "log").open("wb") as log:
         started_s = time.perf_counter()
         process = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -193,25 +230,25 @@ def anonymous_kb(pid: int) -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("RssAnon:")), 0)
 
 
-def tensors_of(blocks: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def tensors_of(config: dict[str, Any], blocks: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     """List the tensors of a Mixtral checkpoint, with their shapes."""
-    layout = FAMILIES["mixtral"](Config(CONFIG | {"num_hidden_layers": blocks}, {}, ()), "scale")
+    layout = FAMILIES["mixtral"](Config(config | {"num_hidden_layers": blocks}, {}, ()), "scale")
     for part in (*station_parts(layout), *all_expert_parts(layout)):
         yield from ((str(source), shape) for source, shape in part.sources)
 
 
-def tensor_bytes(blocks: int) -> int:
+def tensor_bytes(config: dict[str, Any], blocks: int) -> int:
     """Size of a checkpoint."""
-    return sum(2 * int(np.prod(shape)) for _, shape in tensors_of(blocks))
+    return sum(2 * int(np.prod(shape)) for _, shape in tensors_of(config, blocks))
 
 
-def make_checkpoint(folder: Path, blocks: int) -> Path:
+def make_checkpoint(folder: Path, config: dict[str, Any], blocks: int) -> Path:
     """Write a checkpoint of random bf16 weights between 0.0005 and 0.008 in size, in shards of a GB."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": blocks}))
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": blocks}))
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled_bytes = 0
-    for name, shape in tensors_of(blocks):
+    for name, shape in tensors_of(config, blocks):
         size_bytes = 2 * int(np.prod(shape))
         if filled_bytes and filled_bytes + size_bytes > SHARD_BYTES:
             shards.append({})
@@ -232,7 +269,7 @@ def make_checkpoint(folder: Path, blocks: int) -> Path:
             writer.finish()
             writer.rename(folder / file_name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    progress(f"{len(shards)} shards, {blocks} blocks, {tensor_bytes(blocks) / 1e9:.1f} GB")
+    progress(f"{len(shards)} shards, {blocks} blocks, {tensor_bytes(config, blocks) / 1e9:.1f} GB")
     return folder
 
 
@@ -241,6 +278,9 @@ def missed_bars(result: dict[str, Any]) -> list[str]:
     missed = []
     if result["peak_rss_mb"] > MAX_PEAK_MB:
         missed.append(f"peak_rss_mb {result['peak_rss_mb']:.0f} > {MAX_PEAK_MB:.0f}")
+    for precision, found in result.get("quantised", {}).items():
+        if found["peak_rss_mb"] > MAX_PEAK_MB:
+            missed.append(f"{precision}: peak_rss_mb {found['peak_rss_mb']:.0f} > {MAX_PEAK_MB:.0f}")
     if result.get("throughput_vs_copy", MIN_RATE_RATIO) < MIN_RATE_RATIO:
         missed.append(f"throughput_vs_copy {result['throughput_vs_copy']:.2f} < {MIN_RATE_RATIO}")
     if result.get("memory_growth", 0.0) > MAX_GROWTH:

@@ -69,7 +69,7 @@ def test_inspect_names_a_damaged_file(checkpoint: Path, tmp_path: Path) -> None:
         (["--model", "CHECKPOINT", "--placement", "balanced", "--speeds", "1,fast"], 2, "not a list of numbers"),
         (["--model", "CHECKPOINT", "--speeds", "1,2"], 2, "are for a balanced placement"),
         (["--model", "CHECKPOINT", "--placement", "no-such.json"], 1, "no-such.json: No such file"),
-        (["--model", "nobody/nothing", "--dry-run"], 1, "--dry-run needs its config.json"),
+        (["--model", "nobody/nothing", "--dry-run"], 1, "a plan needs its config.json"),
         (["inspect", "no-such-folder"], 2, "does not exist"),
     ],
 )

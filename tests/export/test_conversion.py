@@ -52,7 +52,7 @@ def test_what_float16_does_not_hold_is_counted() -> None:
     for dtype, raw in (("F32", values), ("F64", values.astype(np.float64)), ("BF16", _bfloat16(values))):
         losses = Losses()
         got = to_float16(raw, dtype, "t", losses, clamp=True)
-        assert losses == Losses(clamped=2, to_zero=2)
+        assert losses == Losses(weights=8, clamped=2, to_zero=2)
         assert got[-2:].tolist() == [65504, -65504]
         assert got[2:5].tolist() == [2**-24, 0, 0]
 

@@ -16,8 +16,8 @@ from tiny import tiny_checkpoint
 
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
 from wdmoe.export.cli import main
-from wdmoe.export.forward import Forward
-from wdmoe.export.verifying import Bound, _exported, verify_bundle
+from wdmoe.export.forward import Forward, bundle_experts
+from wdmoe.export.verifying import Bound, verify_bundle
 from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.manifest import PRECISIONS, BsManifest, DeviceManifest, Precision, read_manifest
 
@@ -40,13 +40,15 @@ def test_a_text_through_a_bundle_is_that_text_through_the_model(
     bundle, checkpoint = _export(tmp_path, "fp32", family, **options)
     tokens = np.random.default_rng(0).integers(0, 256, 20)
     devices = tuple(read_manifest(path, DeviceManifest) for path in sorted(bundle.glob("device-*")))
-    forward = Forward(bundle / "bs", read_manifest(bundle / "bs", BsManifest), tokens, _exported(bundle, devices))
+    manifest = read_manifest(bundle / "bs", BsManifest)
+    forward = Forward(bundle / "bs", manifest, [tokens[:13], tokens], bundle_experts(bundle, devices))
     *blocks, logits = forward.blocks()
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = model(torch.from_numpy(tokens)[None]).logits[0].numpy()
-    assert [block.shape for block in blocks] == [(20, 32)] * 2
-    np.testing.assert_allclose(logits, expected, rtol=2e-4, atol=2e-5)
+    assert [block.shape for block in blocks] == [(33, 32)] * 2
+    np.testing.assert_allclose(logits[:13], expected[:13], rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(logits[13:], expected, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

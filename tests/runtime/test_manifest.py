@@ -45,7 +45,7 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda m: m.update(version=1), "field version is 1, expected 3; export the model again"),
+        (lambda m: m.update(version=1), "field version is 1, expected 4; export the model again"),
         (lambda m: m.update(format="zip"), "not a wdmoe bundle"),
         (lambda m: m.update(surprise=1), "unknown field `surprise`"),
         (lambda m: m.pop("golden"), "missing required field `golden`"),

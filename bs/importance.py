@@ -1,0 +1,13 @@
+"""What a token loses without an expert: about gate weight x norm of the answer. The norms come with the bundle."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from wdmoe.bs.routing import Floats
+from wdmoe.runtime.manifest import BsManifest
+
+
+def output_norms(manifest: BsManifest) -> Floats:
+    """Return the calibrated norms of a bundle: [n_blocks, n_experts], see docs/bundle-format.md, Calibration."""
+    return np.array(manifest.calibration.norms, np.float32)
