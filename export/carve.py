@@ -7,7 +7,7 @@ The result has the layout of a Qwen2-MoE block. With every expert chosen and equ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,21 +228,34 @@ def _spread_start(features: FloatArray, clusters: int, rng: np.random.Generator)
 def _assign_evenly(similarity: FloatArray) -> IndexArray:
     """Give each neuron a cluster, all of one size: best pairs first, then swaps while a swap of two helps."""
     neurons, clusters = similarity.shape
-    room = np.full(clusters, neurons // clusters)
+    room = [neurons // clusters] * clusters
     assigned = np.full(neurons, -1, np.int64)
+    left = neurons
     for pair in np.argsort(-similarity, axis=None, kind="stable"):
         neuron, cluster = divmod(int(pair), clusters)
         if assigned[neuron] < 0 and room[cluster]:
             assigned[neuron] = cluster
             room[cluster] -= 1
-    every = np.arange(neurons)
+            left -= 1
+            if not left:
+                break
+    # gain[a, c]: what it brings if neuron a moves to cluster c. The best swap of two clusters is that of their two
+    # neurons that gain most, so only the best of each cluster need be known.
+    gain = similarity - np.take_along_axis(similarity, assigned[:, None], axis=1)
+    best = np.empty((clusters, clusters), np.int64)  # [of, to]: the neuron that gains most
+    changed: Sequence[int] = range(clusters)
     for _ in range(neurons):
-        # gain[a, b]: what it brings if a and b change places.
-        mine = similarity[every, assigned]
-        gain = similarity[:, assigned] - mine[:, None]
-        gain = gain + gain.T
-        a, b = np.unravel_index(int(np.argmax(gain)), gain.shape)
-        if gain[a, b] <= 1e-7:
+        for cluster in changed:
+            members = np.flatnonzero(assigned == cluster)
+            best[cluster] = members[gain[members].argmax(axis=0)]
+        one_way = gain[best, np.arange(clusters)]
+        first, second = divmod(int(np.argmax(one_way + one_way.T)), clusters)
+        if one_way[first, second] + one_way[second, first] <= 1e-7:
             break
-        assigned[a], assigned[b] = assigned[b], assigned[a]
+        swapped = [best[first, second], best[second, first]]
+        assigned[swapped] = second, first
+        gain[swapped] = similarity[swapped] - np.take_along_axis(
+            similarity[swapped], assigned[swapped][:, None], axis=1
+        )
+        changed = (first, second)
     return assigned

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from wdmoe.runtime.errors import WdmoeError
+from wdmoe.export.cli_carve import carve
+from wdmoe.export.cli_common import plain_errors, usage_errors
 
 if TYPE_CHECKING:
     from wdmoe.export.bundle import ExportConfig, ExportPlan
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from wdmoe.export.planning import DryRun
     from wdmoe.runtime.manifest import Precision, StagePrecision
 
-_INTERRUPTED = 130
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _EPILOG = """\b
 Examples:
@@ -28,6 +28,7 @@ Examples:
   wdmoe-export --model mixtral --experts-per-device 2 --dry-run --device-memory 32GB
   wdmoe-export calibrate bundle --text book.txt
   wdmoe-export inspect bundle
+  wdmoe-export carve --model ~/Llama-3.2-1B --calibration texts/ --out llama-moe
 """
 
 
@@ -154,7 +155,7 @@ def main(
         out, precision=precision, stages=stages, force=force, clamp=clamp, placement=options,
         device_memory_bytes=device_memory,
     )  # fmt: skip
-    with _plain_errors(f"interrupted; the same command goes on from {out}.partial"):
+    with plain_errors(f"interrupted; the same command goes on from {out}.partial"):
         if dry_run:
             _show_plan(_dry_run(model, config, options), as_json)
         else:
@@ -190,7 +191,7 @@ def _dry_run(model: str, config: ExportConfig, options: PlacementOptions) -> Dry
     layout, natural, origin = layout_from_config(model, report=lambda text: click.echo(text, err=True))
     precision = natural if config.precision == "auto" else config.precision
     spec = layout.spec
-    with _usage_errors():
+    with usage_errors():
         placement = config.place(spec, precision)
     counts = read_counts(options.counts, spec.n_blocks, spec.n_experts)
     return dry_run(
@@ -235,7 +236,7 @@ def _export(model: str, config: ExportConfig, options: PlacementOptions, as_json
     from wdmoe.export.models import find_checkpoint
 
     folder, name = find_checkpoint(model, report=lambda text: click.echo(text, err=True))
-    with _usage_errors():
+    with usage_errors():
         plan = plan_export(folder, name, config)
     _show_plan_of_export(plan, config, options)
     with _progress("exporting", plan.total_bytes) as on_bytes:
@@ -265,7 +266,7 @@ def place(bundle: Path, out: Path, as_json: bool, device_memory: int | None, **p
     from rich.console import Console
 
     options = _placement_options(**placing)
-    with _plain_errors("interrupted"):
+    with plain_errors("interrupted"):
         from wdmoe.export.inspection import summary
         from wdmoe.export.replacing import place_again
         from wdmoe.export.sizing import most_held
@@ -275,7 +276,7 @@ def place(bundle: Path, out: Path, as_json: bool, device_memory: int | None, **p
         spec = manifest.model
         limit = None if device_memory is None else most_held(spec, manifest.precision, device_memory)
         measured = manifest.calibration.counts
-        with _usage_errors():
+        with usage_errors():
             placement = options.place(spec.n_blocks, spec.n_experts, limit, manifest.placement, measured)
         made = place_again(bundle, out, placement)
     if as_json:
@@ -294,7 +295,7 @@ def inspect(folder: Path, as_json: bool) -> None:
 
     from wdmoe.export.inspection import inspect_folder, summary, total_bytes
 
-    with _plain_errors("interrupted"), _progress("checking", total_bytes(folder)) as on_bytes:
+    with plain_errors("interrupted"), _progress("checking", total_bytes(folder)) as on_bytes:
         found = inspect_folder(folder, on_bytes)
     if as_json:
         click.echo(json.dumps(found.as_json()))
@@ -324,7 +325,7 @@ def calibrate(bundle: Path, texts: tuple[Path, ...], tokens: int, counts: Path |
     """
     from rich.console import Console
 
-    with _plain_errors("interrupted; the manifest is as it was"):
+    with plain_errors("interrupted; the manifest is as it was"):
         from wdmoe.export.calibration import calibrate_bundle, calibration_json, calibration_table
         from wdmoe.runtime.manifest import BsManifest, read_manifest
 
@@ -366,7 +367,7 @@ def verify(
     """
     from rich.console import Console
 
-    with _plain_errors("interrupted"):
+    with plain_errors("interrupted"):
         from wdmoe.export.inspection import read_bundle
         from wdmoe.export.models import find_checkpoint
         from wdmoe.export.verifying import BOUNDS, Bound, verification_table, verify_bundle
@@ -387,31 +388,6 @@ def verify(
 
 
 @contextmanager
-def _plain_errors(interrupted: str) -> Iterator[None]:
-    """Turn what can go wrong into one line and an exit code."""
-    try:
-        yield
-    except WdmoeError as error:
-        raise click.ClickException(str(error)) from error
-    except OSError as error:
-        raise click.ClickException(f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")) from error
-    except ImportError as error:
-        raise click.ClickException(f"{error}; install what an export needs: pip install 'wdmoe[export]'") from error
-    except KeyboardInterrupt:
-        click.echo(interrupted, err=True)
-        raise SystemExit(_INTERRUPTED) from None
-
-
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Tell of options that do not fit the model as click tells of others."""
-    try:
-        yield
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
-
-
-@contextmanager
 def _progress(task: str, total: int, unit: Literal["bytes", "blocks"] = "bytes") -> Iterator[Callable[[int], None]]:
     """Show a bar on stderr, if that is a terminal."""
     from rich import progress as bars
@@ -424,3 +400,6 @@ def _progress(task: str, total: int, unit: Literal["bytes", "blocks"] = "bytes")
     with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         number = bar.add_task(task, total=total)
         yield lambda done: bar.advance(number, done)
+
+
+main.add_command(carve)

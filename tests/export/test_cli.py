@@ -13,7 +13,8 @@ import pytest
 from click.testing import CliRunner
 from tiny import tiny_checkpoint
 
-from wdmoe.export.cli import _plain_errors, main
+from wdmoe.export.cli import main
+from wdmoe.export.cli_common import plain_errors
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +87,13 @@ def test_mistakes_are_told_in_one_line(
 
 
 def test_ctrl_c_says_that_the_export_can_go_on(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_, _plain_errors("goes on"):
+    with pytest.raises(SystemExit) as exit_, plain_errors("goes on"):
         raise KeyboardInterrupt
     assert (exit_.value.code, capsys.readouterr().err) == (130, "goes on\n")
 
 
 def test_a_full_disk_is_told_in_one_line() -> None:
-    with pytest.raises(click.ClickException, match="x: No space left on device"), _plain_errors(""):
+    with pytest.raises(click.ClickException, match="x: No space left on device"), plain_errors(""):
         raise OSError(28, "No space left on device", "x")
 
 

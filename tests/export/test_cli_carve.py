@@ -1,0 +1,127 @@
+"""The command `wdmoe-export carve`."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_dense
+from click.testing import CliRunner
+
+from wdmoe.export.cli import main
+
+_PEAK = """
+import re, sys
+from pathlib import Path
+from typing import Any
+from wdmoe.export.cli import main
+main(sys.argv[1:], standalone_mode=False)
+print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> list[str]:
+    tiny_dense.tiny_dense(tmp_path / "dense", "llama")
+    text = tiny_dense.text_file(tmp_path / "text.txt")
+    return [
+        "carve",
+        "--model",
+        str(tmp_path / "dense"),
+        "--calibration",
+        str(text),
+        "--tokens",
+        "1024",
+        "--window",
+        "32",
+    ]
+
+
+def _run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_carving_says_what_it_made(inputs: list[str], tmp_path: Path) -> None:
+    code, out, err = _run(*inputs, "--experts", 4, "--out", tmp_path / "moe")
+    assert code == 0
+    assert "24 shared neurons, 4 experts of 6, 2 a token: 75% of the neurons at work" in out
+    assert "block 2 of 2: error on held-out text" in err
+    code, out, _ = _run(*inputs, "--experts", 4, "--out", tmp_path / "moe")
+    assert (code, "already there, nothing to do" in out) == (0, True)
+
+
+def test_the_result_for_programs_is_json(inputs: list[str], tmp_path: Path) -> None:
+    code, out, _ = _run(*inputs, "--experts", 4, "--shared", 16, "--top-k", 1, "--out", tmp_path / "moe", "--json")
+    made = json.loads(out)
+    assert (code, made["already_there"], made["active_share"]) == (0, False, 0.5)
+    assert made["recipe"]["calibration_tokens"] == 1024
+    assert made["error"] == pytest.approx(sum(block["error"] for block in made["blocks"]) / 2)
+
+
+def test_a_mistake_is_one_line_and_an_exit_code(inputs: list[str], tmp_path: Path) -> None:
+    code, _, err = _run(*inputs, "--experts", 5, "--shared", 20, "--out", tmp_path / "moe")
+    assert code == 2
+    assert "give --shared 18 or 23" in err
+    code, _, err = _run(*inputs, "--window", 512, "--out", tmp_path / "moe")
+    assert (code, "--window 512 is more than the model's 256 positions" in err) == (2, True)
+    (tmp_path / "dense" / "tokenizer.json").unlink()
+    code, _, err = _run(*inputs, "--out", tmp_path / "moe")
+    assert (code, len(err.strip().splitlines())) == (1, 1)
+    assert "tokenizer.json: missing" in err
+
+
+def test_help_gives_defaults_and_an_example() -> None:
+    code, out, _ = _run("carve", "--help")
+    assert code == 0
+    for words in ("[default: 8;", "[default: layer]", "half of a block's", "wdmoe-export carve --model ~/Llama-3.2-1B"):
+        assert words in " ".join(out.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_process_goes_on_and_ends_the_same(inputs: list[str], tmp_path: Path, number: signal.Signals) -> None:
+    tiny_dense.tiny_dense(tmp_path / "large", "llama", hidden_size=128, intermediate_size=512, num_hidden_layers=12)
+    inputs[2] = str(tmp_path / "large")
+    assert _run(*inputs, "--out", tmp_path / "whole")[0] == 0
+    line = [sys.executable, "-c", "from wdmoe.export.cli import main; main()", *inputs, "--out", str(tmp_path / "moe")]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for text in process.stderr:
+            if text.startswith("block 3 of"):
+                process.send_signal(number)
+                break
+        rest = process.stderr.read()
+        code = process.wait(timeout=60)
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    if number == signal.SIGINT:
+        assert "the same command goes on from" in rest and "Traceback" not in rest
+    assert not (tmp_path / "moe").exists()
+    assert len(list((tmp_path / "moe.partial").glob("model-*.safetensors"))) >= 3
+    started = time.time()
+    assert _run(*inputs, "--out", tmp_path / "moe")[0] == 0
+    kept = [path for path in (tmp_path / "moe").glob("model-*.safetensors") if path.stat().st_mtime < started]
+    assert len(kept) >= 3
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "moe" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not tell")
+def test_eight_blocks_need_no_more_memory_than_two(inputs: list[str], tmp_path: Path) -> None:
+    peaks_kb: list[int] = []
+    for blocks in (2, 8):
+        shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 2048, "num_hidden_layers": blocks}
+        inputs[2] = str(tiny_dense.tiny_dense(tmp_path / f"dense{blocks}", "llama", **shape))
+        line = [sys.executable, "-c", _PEAK, *inputs, "--distil", "none", "--out", str(tmp_path / f"moe{blocks}")]
+        done = subprocess.run(line, capture_output=True, text=True, check=True, timeout=200)
+        peaks_kb.append(int(done.stdout.splitlines()[-1]))
+    block_kb = (3 * 256 * 2048 + 3 * 256 * 256) * 4 / 1024  # of the six blocks more: 42 MB
+    assert peaks_kb[1] - peaks_kb[0] < 1.5 * block_kb, peaks_kb
