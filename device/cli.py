@@ -35,7 +35,7 @@ Examples:
 @click.option("--name", default=None, help="Name of this device.  [default: the folder's device-K]")
 @click.option(
     "--engine",
-    type=click.Choice(["auto", "onnxruntime", "numpy"]),
+    type=click.Choice(["auto", "onnxruntime-cuda", "onnxruntime", "numpy"]),
     default=_DEFAULTS.engine,
     help="What runs the experts; auto takes the best that passes its self-check.",
 )

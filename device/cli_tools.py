@@ -40,7 +40,9 @@ def read_shape(context: click.Context, parameter: click.Parameter, text: str | N
 
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), default=_DEFAULTS.bundle, help="As for serving.")
-@click.option("--engine", type=click.Choice(["auto", "onnxruntime", "numpy"]), default=_DEFAULTS.engine)
+@click.option(
+    "--engine", type=click.Choice(["auto", "onnxruntime-cuda", "onnxruntime", "numpy"]), default=_DEFAULTS.engine
+)
 @click.option("--threads", type=click.IntRange(min=1), default=_DEFAULTS.threads, help="Threads of the engine.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=2.0, help="Spent on each token count.")
 @_json_option

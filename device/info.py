@@ -16,7 +16,7 @@ _JETPACK_7 = "JetPack 7 (Ubuntu 24.04, Python 3.12)"
 # library -> (what it is for, how to install it by JetPack's major version; "" is any other machine)
 _LIBRARIES: dict[str, tuple[str, dict[str, str]]] = {
     "onnxruntime": (
-        "engine onnxruntime, on the CPU",
+        "engine onnxruntime, on the CPU; of onnxruntime-gpu also engine onnxruntime-cuda, on a GPU other than a Jetson's",
         {
             "6": f"{_JETPACK_6}: pip install 'wdmoe[cpu]' (1.23 is the last for Python 3.10)",
             "7": f"{_JETPACK_7}: pip install 'wdmoe[cpu]' (not onnxruntime-gpu: its aarch64 wheel has no code for Orin)",

@@ -28,6 +28,7 @@ class ExpertEngine(Protocol):
 
 # name -> where it is; imported only when asked for, since each needs a library of its own.
 ENGINES = {
+    "onnxruntime-cuda": "wdmoe.runtime.engines.onnxruntime_cuda_engine:OnnxruntimeCudaEngine",
     "onnxruntime": "wdmoe.runtime.engines.onnxruntime_engine:OnnxruntimeEngine",
     "numpy": "wdmoe.runtime.engines.numpy_engine:NumpyEngine",
 }

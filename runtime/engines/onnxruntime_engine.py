@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wdmoe.runtime.errors import EngineError
+from wdmoe.runtime.huge_pages import use_huge_pages
 from wdmoe.runtime.manifest import ExpertEntry
 from wdmoe.runtime.memory import available_memory_bytes
 from wdmoe.runtime.messages import Rows
@@ -55,6 +56,7 @@ class OnnxruntimeEngine:
             self.tolerance = self._TOLERANCE_QUANTISED
         self.version = onnxruntime.__version__
         self._sessions = {(entry.block, entry.expert): open_session(folder / entry.graph, threads) for entry in experts}
+        use_huge_pages()
 
     def run(self, block: int, expert: int, rows: Rows) -> Rows:
         """Run one expert on rows; see `ExpertEngine`."""

@@ -9,15 +9,18 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from wdmoe.device.machine import hardware_name
+
+Measured = TypeVar("Measured")
+OTHERS_LIMIT = 0.05  # share of the whole machine that others may take while something is timed
 
 
 def environment(packages: Sequence[str]) -> dict[str, Any]:
@@ -61,8 +64,31 @@ class CpuUse:
         except OSError:
             return time.perf_counter(), ours_s, None
         ours_s += sum(int(stat[11]) + int(stat[12]) for stat in stats) / hz  # user and system time
-        user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, first[1:])
-        return time.perf_counter(), ours_s, (user + nice + system + irq + softirq) / hz
+        # Stolen is what the host of a virtual machine gave to others.
+        user, nice, system, _idle, _iowait, irq, softirq, stolen, *_ = map(int, first[1:])
+        return time.perf_counter(), ours_s, (user + nice + system + irq + softirq + stolen) / hz
+
+
+def undisturbed(
+    measure: Callable[[], Measured], attempts: int, watch: Callable[[], CpuUse] = CpuUse
+) -> tuple[Measured, dict[str, Any]]:
+    """Measure until others leave the machine alone meanwhile, and keep the measurement in which they took least.
+
+    Args:
+        measure: takes a second or so: the kernel counts in hundredths.
+        attempts: at most.
+        watch: starts to watch who uses the processors.
+
+    Returns:
+        The measurement; and for the result, what others took meanwhile, whether that was too much, and the attempts.
+    """
+    made: list[tuple[float, Measured]] = []  # each with what others took
+    while len(made) < attempts and not (made and made[-1][0] <= OTHERS_LIMIT):
+        use = watch()
+        measured = measure()
+        made.append((use.since()["others_cpu_share"] or 0.0, measured))
+    share, measured = min(made, key=lambda one: one[0])
+    return measured, {"others_cpu_share": share, "disturbed": share > OTHERS_LIMIT, "attempts": len(made)}
 
 
 def write_json(target: str, result: dict[str, Any]) -> None:

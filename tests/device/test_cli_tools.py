@@ -72,7 +72,7 @@ def test_info_names_the_machine_and_its_engines() -> None:
     result = invoke("info", "--json")
     assert result.exit_code == 0
     found = json.loads(result.stdout)
-    assert found["hardware"] and found["engines"] == ["onnxruntime", "numpy"]
+    assert found["hardware"] and found["engines"] == ["onnxruntime-cuda", "onnxruntime", "numpy"]
     assert next(library for library in found["libraries"] if library["name"] == "numpy")["version"]
     assert invoke("info").exit_code == 0
 

@@ -40,7 +40,13 @@ class Speechless(NumpyEngine):
 def test_every_engine_gives_the_golden_outputs(any_bundle: Path, name: str) -> None:
     folder = any_bundle / "device-2"
     manifest = read_manifest(folder, DeviceManifest)
-    check = self_check(load_engine(name, folder, manifest.experts, 1), folder, manifest)
+    try:
+        engine = load_engine(name, folder, manifest.experts, 1)
+    except EngineError as error:
+        if name in ("numpy", "onnxruntime"):  # the others need hardware of their own
+            raise
+        pytest.skip(str(error))
+    check = self_check(engine, folder, manifest)
     assert check.passed and check.experts == 4 and check.max_error < 1e-5
 
 

@@ -1,0 +1,32 @@
+"""The short form of scripts/bench/engine_cpu.py, and what its measurements are repeated for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("onnxruntime")
+BENCH = Path(__file__).parents[1] / "scripts" / "bench" / "engine_cpu.py"
+
+
+@pytest.mark.slow
+def test_small_experts_are_measured_and_a_missed_bar_is_an_exit_code() -> None:
+    line = [sys.executable, str(BENCH), "--shape", "1024x3584", "--threads", "1", "--calls", "10", "--json", "-"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
+    assert done.stdout, done.stderr
+    result = json.loads(done.stdout)
+    # Experts of 5.7 MB: what ONNX Runtime itself takes weighs more, and the machine may be busy.
+    over = [name for name, bar in result["bars"].items() if result[name] > bar]
+    assert result["missed"] == over and done.returncode == (1 if over else 0)
+    int4, fp16 = result["precisions"]["int4"], result["precisions"]["fp16"]
+    assert int4["packed_bytes"] == pytest.approx(2 * 3 * 1024 * 3584 * (0.5 + 2 / 128), rel=0.01)
+    assert fp16["packed_bytes"] == pytest.approx(2 * 3 * 1024 * 3584 * 2, rel=0.01)
+    assert fp16["rss_bytes"] > 2 * 3 * 1024 * 3584 * 4  # held as float32
+    assert 0 < int4["rss_bytes"] < fp16["rss_bytes"] / 2
+    assert result["int4_time_over_floor"] == pytest.approx(int4["call_ms"] / int4["floor_ms"])
+    assert int4["floor_ms"] == pytest.approx(int4["packed_bytes"] / 2 / int4["read_gb_per_s"] / 1e6)
+    assert 1 <= int4["attempts"] <= 4 and int4["disturbed"] == (int4["others_cpu_share"] > 0.05)
