@@ -7,11 +7,14 @@ the call fail as the real one does, with a line in the log. Queued work is done 
 from __future__ import annotations
 
 import base64
+import ctypes
+import hashlib
 import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -183,8 +186,6 @@ class Weights:
     count: int
 
     def read(self, shape: tuple[int, ...]) -> Array:
-        import ctypes
-
         size = self.count // 2 if self.dtype is DataType.INT4 else self.count * np.dtype(self.dtype.value).itemsize
         raw = np.array(np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address)))
         if self.dtype is DataType.INT4:
@@ -512,6 +513,19 @@ class TensorRTTwin:
 
     def Runtime(self, logger: Any) -> _Runtime:  # noqa: N802
         return _Runtime(self, logger)
+
+
+def rewrap(path: Path, content: bytes) -> None:
+    """Put other content into a file of `engines/` under its own key, so that nothing but the answers can tell."""
+    header = json.loads(path.read_bytes().partition(b"\n")[0])
+    header |= {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    path.write_bytes(json.dumps(header).encode() + b"\n" + content)
+
+
+def swap_plans(folder: Path) -> None:
+    """Give the first expert of a slice the plan of the second."""
+    mine, other = sorted((folder / "engines").glob("*.plan"))[:2]
+    rewrap(mine, other.read_bytes().partition(b"\n")[2])
 
 
 class TwinEngine(TensorrtEngine):

@@ -94,11 +94,6 @@ class ExpertNetwork:
         """Size of what lies between the projections: gate and up, of which one becomes their product."""
         return 2 * 2 * tokens * self.inner_width
 
-    @property
-    def reference(self) -> ExpertNetwork:
-        """A network of the same kind whose weights are next to nothing: its scratch is what the kernels reserve."""
-        return ExpertNetwork(2048, 128, self.precision)
-
 
 @dataclass(frozen=True, slots=True)
 class Scratch:
@@ -119,6 +114,28 @@ class Scratch:
     def excessive(self) -> bool:
         """Whether weights must have been copied or dequantised to memory."""
         return self.over_weights > SCRATCH_LIMIT
+
+
+def references(precision: Precision) -> tuple[ExpertNetwork, ExpertNetwork]:
+    """Return two networks whose weights are small, the second with twice as many: what their scratch tells is the reserve."""
+    return ExpertNetwork(2048, 128, precision), ExpertNetwork(2048, 256, precision)
+
+
+def reserve_bytes(precision: Precision, small: Sequence[int], twice: Sequence[int]) -> list[int]:
+    """Return what kernels set aside whatever the shape, for each range of tokens.
+
+    It is what is left when weights shrink to nothing: were they copied, the second reference would take the copies twice.
+
+    Args:
+        precision: of the references.
+        small: scratch of the first reference, for each range of tokens.
+        twice: scratch of the second.
+    """
+    beyond = [
+        [size - network.activation_bytes(tokens.most) for size, tokens in zip(sizes, TOKEN_RANGES, strict=True)]
+        for network, sizes in zip(references(precision), (small, twice), strict=True)
+    ]
+    return [max(0, 2 * one - two) for one, two in zip(*beyond, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

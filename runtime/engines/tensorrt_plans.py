@@ -24,6 +24,8 @@ from wdmoe.runtime.engines.tensorrt_network import (
     ExpertNetwork,
     Scratch,
     build_plan,
+    references,
+    reserve_bytes,
     shared_logger,
 )
 from wdmoe.runtime.engines.tensorrt_weights import int4_constants
@@ -192,24 +194,21 @@ class PlanStore:
 
     def _reserve_bytes(self, network: ExpertNetwork) -> list[int]:
         """Return what kernels set aside whatever the shape, for each range of tokens; measured once on each machine."""
-        reference = Plan(network.reference, None)
-        name = f"reserve-{network.precision}.json"
-        found = self._read(name, reference.key, lambda _: None)
-        if found is None:
+        name, key = f"reserve-{network.precision}.json", {"reserve_of": network.precision}
+        if (found := self._read(name, key, lambda _: None)) is not None:
+            kept: list[int] = json.loads(bytes(found))
+            return kept
+        sizes: list[tuple[int, ...]] = []
+        for reference in references(network.precision):
             constants = None
             if network.precision == "int4":
-                tensors = network.reference.weight_tensors()
+                tensors = reference.weight_tensors()
                 constants = {tensor: np.ones(shape, dtype) for tensor, (dtype, shape) in tensors.items()}
-            built = build_plan(self.world.trt, network.reference, constants, options=self.world.options)
-            sizes = self.scratch_bytes(self._deserialised(reference, built.plan))
-            reserves = [
-                max(0, size - network.reference.activation_bytes(tokens.most))
-                for tokens, size in zip(TOKEN_RANGES, sizes, strict=True)
-            ]
-            self._write(name, reference.key, json.dumps(reserves).encode())
-            return reserves
-        kept: list[int] = json.loads(bytes(found))
-        return kept
+            built = build_plan(self.world.trt, reference, constants, options=self.world.options)
+            sizes.append(self.scratch_bytes(self._deserialised(Plan(reference, None), built.plan)))
+        reserve = reserve_bytes(network.precision, *sizes)
+        self._write(name, key, json.dumps(reserve).encode())
+        return reserve
 
     def _path(self, name: str) -> Path:
         return self.folder / FOLDER / name

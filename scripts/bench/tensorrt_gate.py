@@ -9,8 +9,8 @@ libraries cannot be had without a Jetson, and TensorRT-RTX targets no Orin. Bars
 activations and the kernels' reserve is at most 1/8 of the expert's weights in float16 (more means that weights are copied or
 dequantised to memory); the fp16 plan, one for all experts, is under 1 MB. Exit code 1 if a bar is missed.
 
-The reserve is what the kernels set aside whatever the shape: the scratch of an expert of 2048 x 128, beyond its activations, in
-the same precision. `strict` is the ratio without taking it off.
+The reserve is what the kernels set aside whatever the shape, found from two experts of small weights (2048 x 128 and 2048 x 256)
+in the same precision: what is left when the weights shrink to nothing. `strict` is the ratio without taking it off.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from wdmoe.runtime.engines.tensorrt_network import (
     Precision,
     Scratch,
     build_plan,
+    references,
+    reserve_bytes,
 )
 from wdmoe.runtime.errors import EngineError
 
@@ -81,14 +83,15 @@ def measured(trt: Any, network: ExpertNetwork, options: BuildOptions) -> dict[st
     """Build a network and its reference, and compare."""
     started_s = time.perf_counter()
     try:
-        made, reference = built(trt, network, options), built(trt, network.reference, options)
+        made = built(trt, network, options)
+        sizes = [built(trt, reference, options).scratch_bytes for reference in references(network.precision)]
     except EngineError as error:
         return {"accepted": False, "error": str(error), "passed": False}
+    reserve = reserve_bytes(network.precision, *sizes)
     ranges = []
     for index, tokens in enumerate(TOKEN_RANGES):
         bare = Scratch(made.scratch_bytes[index], network.activation_bytes(tokens.most), network.fp16_weight_bytes)
-        reserve = reference.scratch_bytes[index] - network.reference.activation_bytes(tokens.most)
-        scratch = replace(bare, reserve_bytes=max(0, reserve))
+        scratch = replace(bare, reserve_bytes=reserve[index])
         ranges.append(
             {
                 "tokens": tokens.most,
