@@ -91,3 +91,21 @@ def test_a_network_that_the_builder_refuses_is_an_error_with_its_words() -> None
     options = BuildOptions(workspace_bytes=1 << 20, compute_capability="SM86")
     with pytest.raises(EngineError, match=r"refuses an expert of 576 x 96 in fp16: .*workspace"):
         build_plan(trt, ExpertNetwork(576, 96, "fp16"), options=options)
+
+
+def test_the_twin_knows_no_call_that_the_library_lacks() -> None:
+    import tensorrt_rtx as trt
+    import tensorrt_twin as twin
+
+    classes = {
+        twin._Builder: trt.Builder, twin._Config: trt.IBuilderConfig, twin._Context: trt.IExecutionContext,
+        twin._Engine: trt.ICudaEngine, twin._Network: trt.INetworkDefinition, twin._Runtime: trt.Runtime,
+        twin._Profile: trt.IOptimizationProfile, twin._TimingCache: trt.ITimingCache, twin._Layer: trt.IDequantizeLayer,
+    }  # fmt: skip
+    for ours, theirs in classes.items():
+        names = {name for name in vars(ours) if not name.startswith("_")}
+        assert names and names <= set(dir(theirs)), ours
+    enums = (twin.DataType, twin.MatrixOperation, twin.ElementWiseOperation, twin.ActivationType, twin.MemoryPoolType,
+             twin.ExecutionContextAllocationStrategy)  # fmt: skip
+    for enum in enums:
+        assert set(enum.__members__) <= set(dir(getattr(trt, enum.__name__)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tensorrt_twin import MemoryCuda, TensorRTTwin
+from cuda_twin import MemoryCuda
+from tensorrt_twin import TensorRTTwin
 
 from wdmoe.runtime.engines.tensorrt_network import OUT, ROWS, ExpertNetwork, build_plan, shared_logger
 from wdmoe.runtime.errors import EngineError

@@ -112,6 +112,9 @@ class PlanStore:
         Raises:
             EngineError: TensorRT refuses, a plan takes too much scratch, or the folder cannot be written.
         """
+        for plan in plans:
+            if known := self.probed(plan):
+                raise EngineError(f"{known} (found before; `wdmoe-device build --again` tries anew)")
         missing = [plan for plan in plans if self._read(plan.name, plan.key, say) is None]
         if not missing:
             return
@@ -167,7 +170,11 @@ class PlanStore:
         built = build_plan(self.world.trt, plan.network, constants, cache, self.world.options)
         if built.timing_cache:
             self._write("timing.cache", cache_key, built.timing_cache)
-        self._check_scratch(plan, self._deserialised(plan, built.plan))
+        try:
+            self._check_scratch(plan, self._deserialised(plan, built.plan))
+        except EngineError as error:
+            self.keep_probe(plan, str(error))
+            raise
         self._write(plan.name, plan.key, built.plan)
 
     def _deserialised(self, plan: Plan, content: bytes | memoryview) -> Any:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tensorrt_twin import DESKTOP, ORIN, MemoryCuda, TensorRTTwin, TwinEngine, swap_plans
+from cuda_twin import DESKTOP, ORIN, MemoryCuda
+from tensorrt_twin import TensorRTTwin, TwinEngine, swap_plans
 from tiny import tiny_checkpoint
 
 from wdmoe.device.loading import self_check
@@ -313,6 +314,19 @@ def test_scratch_that_holds_the_weights_is_refused_with_the_figures(twin: Tensor
     ):
         fp16.open()
     assert not fp16.files(".plan")
+    built = twin.built
+    with pytest.raises(EngineError, match=r"found before; `wdmoe-device build --again` tries anew"):
+        fp16.open()
+    assert twin.built == built
+
+
+def test_int8_whose_weights_are_copied_is_served_as_float16(twin: TensorRTTwin, int8: Slice) -> None:
+    twin.copies_weights = True
+    with pytest.raises(EngineError, match=r"experts-328x200-fp16\.plan takes"):  # this twin copies those as well
+        int8.open()
+    assert any(
+        "serves int8 as float16, in twice the memory: engine tensorrt: experts-328x200-int8" in t for t in int8.said
+    )
 
 
 def test_what_kernels_reserve_whatever_the_shape_is_not_taken_for_a_copy(twin: TensorRTTwin, fp16: Slice) -> None:
