@@ -21,13 +21,14 @@ from wdmoe.runtime.engines.tensorrt_network import (
     ROWS,
     TOKEN_RANGES,
     ExpertNetwork,
+    shared_logger,
     takes_int8_inputs,
 )
 from wdmoe.runtime.engines.tensorrt_plans import PlanStore, World, plans_of
 from wdmoe.runtime.engines.tensorrt_weights import PIECE_BYTES, stored_network, weight_pieces
 from wdmoe.runtime.errors import EngineError
 from wdmoe.runtime.manifest import ExpertEntry
-from wdmoe.runtime.memory import available_memory_bytes
+from wdmoe.runtime.memory import available_memory_bytes, forget_pages
 from wdmoe.runtime.messages import Rows
 from wdmoe.runtime.quantised import padded
 
@@ -211,13 +212,17 @@ class TensorrtEngine:
         for name, (dtype, shape) in tensors.items():
             offsets[name] = size
             size += padded(int(np.prod(shape)) * np.dtype(dtype).itemsize, ALIGNMENT_BYTES)
-        stage = self._memory.pin(2 * PIECE_BYTES)
+        stage = self._cuda.pin(PIECE_BYTES)
         weights: dict[tuple[int, int], Addresses] = {}
-        for entry in experts:
-            base = self._memory.allocate(size)
-            weights[entry.block, entry.expert] = {name: base + offset for name, offset in offsets.items()}
-            for name, offset, piece in weight_pieces(folder / entry.weights, self._network):
-                self._upload(base + offsets[name] + offset, piece, stage.view)
+        try:
+            for entry in experts:
+                base, path = self._memory.allocate(size), folder / entry.weights
+                weights[entry.block, entry.expert] = {name: base + offset for name, offset in offsets.items()}
+                for name, offset, piece in weight_pieces(path, self._network):
+                    self._upload(base + offsets[name] + offset, piece, stage.view)
+                forget_pages(path)
+        finally:
+            self._cuda.unpin(stage)
         return weights
 
     def _upload(self, address: int, piece: Bytes, stage: Bytes) -> None:
@@ -265,7 +270,7 @@ class _Context:
     """One execution context; remembers its profile, for a change costs a call."""
 
     def __init__(self, trt: Any, engine: Any, scratch: int, scratch_bytes: int) -> None:
-        self._engine = engine
+        self._logger = shared_logger(trt)
         self._context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._context is None:
             raise EngineError("engine tensorrt: no execution context; out of memory?")
@@ -277,14 +282,16 @@ class _Context:
 
     def execute(self, shape: tuple[int, int], addresses: Addresses, stream: int) -> None:
         """Queue one call: rows of this shape, tensors at these addresses."""
-        profile = next(index for index, tokens in enumerate(TOKEN_RANGES) if shape[0] <= tokens.most)
-        done = profile == self._profile or self._context.set_optimization_profile_async(profile, stream)
-        self._profile = profile
+        wanted = next(index for index, tokens in enumerate(TOKEN_RANGES) if shape[0] <= tokens.most)
+        done = True
+        if wanted != self._profile and (done := self._context.set_optimization_profile_async(wanted, stream)):
+            self._profile = wanted
         done = done and self._context.set_input_shape(ROWS, shape)
         for name, address in addresses.items():
             done = done and self._context.set_tensor_address(name, address)
         if not (done and self._context.execute_async_v3(stream)):
-            raise EngineError(f"engine tensorrt: TensorRT did not run {shape[0]} tokens")
+            said = self._logger.current.last_error
+            raise EngineError(f"engine tensorrt: TensorRT did not run {shape[0]} tokens: {said}")
 
 
 def _no_int8(world: World) -> str | None:

@@ -25,6 +25,8 @@ ROWS, OUT = "rows", "out"
 SCRATCH_LIMIT = 0.125  # scratch beyond activations and reserve, over the expert's weights in float16
 WORKSPACE_BYTES = 512 << 20  # that a tactic may ask for while a plan is built
 
+_ERRORS_KEPT = 20
+
 Precision = Literal["fp16", "int8", "int4"]
 Array = npt.NDArray[Any]
 Tensors = dict[str, tuple[npt.DTypeLike, tuple[int, ...]]]  # name -> (type, shape)
@@ -165,9 +167,14 @@ class Log:
     def add(self, is_error: bool, text: str) -> None:
         """Keep what is of use later."""
         if is_error:
-            self.errors.append(text)
+            self.errors = [*self.errors[-_ERRORS_KEPT + 1 :], text]
         elif found := re.match(r"Total Activation Memory: (\d+) bytes", text):
             self.scratch_bytes.append(int(found[1]))
+
+    @property
+    def last_error(self) -> str:
+        """What TensorRT complained about last."""
+        return self.errors[-1] if self.errors else "it does not say why"
 
 
 @cache
@@ -238,8 +245,9 @@ def build_plan(
         config.set_timing_cache(config.create_timing_cache(timing_cache), ignore_mismatch=False)
     plan = builder.build_serialized_network(definition, config)
     if plan is None:
-        said = log.errors[-1] if log.errors else "it does not say why"
-        raise EngineError(f"engine tensorrt: TensorRT {trt.__version__} refuses {_described(network)}: {said}")
+        raise EngineError(
+            f"engine tensorrt: TensorRT {trt.__version__} refuses {_described(network)}: {log.last_error}"
+        )
     learnt = config.get_timing_cache() if timing_cache is not None else None
     return Built(
         bytes(plan),

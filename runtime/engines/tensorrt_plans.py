@@ -31,6 +31,7 @@ from wdmoe.runtime.engines.tensorrt_network import (
 from wdmoe.runtime.engines.tensorrt_weights import int4_constants
 from wdmoe.runtime.errors import EngineError
 from wdmoe.runtime.manifest import ExpertEntry
+from wdmoe.runtime.memory import forget_pages
 
 FOLDER = "engines"
 _FORMAT = "wdmoe-plan 1"
@@ -142,6 +143,7 @@ class PlanStore:
         if found is None:
             raise EngineError(f"engine tensorrt: {self._path(plan.name)} is not built; run `wdmoe-device build`")
         engine = self._deserialised(plan, found)
+        forget_pages(self._path(plan.name))
         self._check_scratch(plan, engine)
         return engine
 
@@ -181,7 +183,7 @@ class PlanStore:
         logger = shared_logger(self.world.trt)
         engine = self.world.trt.Runtime(logger).deserialize_cuda_engine(content)
         if engine is None:
-            said = logger.current.errors[-1] if logger.current.errors else "it does not say why"
+            said = logger.current.last_error
             raise EngineError(f"engine tensorrt: {self._path(plan.name)} is not taken: {said}; remove it to build anew")
         return engine
 
