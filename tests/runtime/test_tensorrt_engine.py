@@ -19,6 +19,7 @@ from tiny import tiny_checkpoint
 from wdmoe.device.loading import self_check
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
 from wdmoe.runtime.engines.numpy_engine import NumpyEngine
+from wdmoe.runtime.engines.tensorrt_engine import TensorrtEngine
 from wdmoe.runtime.errors import EngineError
 from wdmoe.runtime.manifest import DeviceManifest, Precision, read_manifest
 
@@ -99,12 +100,12 @@ def rows_of(tokens: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.random.default_rng(tokens).standard_normal((tokens, WIDTHS["hidden_size"]), np.float32)
 
 
-def assert_right(engine: TwinEngine, part: Slice, tokens: int) -> None:
+def assert_right(engine: TensorrtEngine, part: Slice, tokens: int, bound: float = 4e-3) -> None:
     oracle = NumpyEngine(part.folder, part.manifest.experts, 1)
     for entry in part.manifest.experts:
         expected = oracle.run(entry.block, entry.expert, rows_of(tokens))
         got = engine.run(entry.block, entry.expert, rows_of(tokens))
-        assert np.abs(got - expected).max() < 4e-3 * np.abs(expected).max()
+        assert np.abs(got - expected).max() < bound * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("device", [ORIN, DESKTOP], ids=["shared memory", "memory of its own"])
@@ -119,6 +120,23 @@ def test_experts_are_right_at_every_number_of_tokens(
     assert self_check(engine, part.folder, part.manifest).passed
     for tokens in (1, 64, 65, 3, 1024, 1025, 2049, 8):  # back and forth between profiles, and in pieces
         assert_right(engine, part, tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_library_itself_gives_right_answers(slices: dict[str, Path], precision: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt", reason="no TensorRT on this machine")
+    part = Slice(slices[precision], tmp_path / "slice")
+    try:
+        TensorrtEngine.open_world()
+    except EngineError as error:
+        pytest.skip(str(error))
+    TensorrtEngine.prepare(part.folder, part.manifest.experts, part.said.append)
+    engine = TensorrtEngine(part.folder, part.manifest.experts, 1)
+    assert self_check(engine, part.folder, part.manifest).passed
+    for tokens in (1, 64, 65, 1024, 1025):
+        assert_right(engine, part, tokens, 1e-2)
 
 
 def test_one_plan_and_no_copy_serve_all_experts_of_fp16(twin: TensorRTTwin, fp16: Slice) -> None:
