@@ -7,10 +7,12 @@ from typing import Any
 
 import click
 
+from wdmoe.device.cli_checks import build, check
 from wdmoe.device.cli_tools import bench, info, profile, read_shape, reported_errors
 from wdmoe.device.config import DeviceConfig
 from wdmoe.profiles.link_profile import link_names
 from wdmoe.profiles.modelled import PRECISIONS, hardware_names
+from wdmoe.runtime.engines import ENGINES
 
 _DEFAULTS = DeviceConfig()
 _EPILOG = """\b
@@ -18,6 +20,8 @@ Examples:
   wdmoe-device                                              # all devices of ./bundle, BS on this machine
   wdmoe-device --bundle wdmoe/ --bs tcp://10.0.0.1:5555     # one device folder, on a Jetson
   wdmoe-device --bundle wdmoe/ --bs tcp://10.0.0.1:5555 --enrol wdmoe1.XXXX      # the first time
+  wdmoe-device build --bundle wdmoe/                        # its engines, once; serving does it as well
+  wdmoe-device check --bundle wdmoe/                        # which engines give right answers here
   wdmoe-device info                                         # what this machine is and what is missing on it
   wdmoe-device bench --bundle wdmoe/ --json here.json       # its full latency profile
   wdmoe-device --emulate orin-nano-8gb --link wifi-5ghz --cost-shape 4096x14336  # as slow as that, on a laptop
@@ -35,7 +39,7 @@ Examples:
 @click.option("--name", default=None, help="Name of this device.  [default: the folder's device-K]")
 @click.option(
     "--engine",
-    type=click.Choice(["auto", "onnxruntime-cuda", "onnxruntime", "numpy"]),
+    type=click.Choice(["auto", *ENGINES]),
     default=_DEFAULTS.engine,
     help="What runs the experts; auto takes the best that passes its self-check.",
 )
@@ -65,8 +69,8 @@ Examples:
 def main(context: click.Context, /, **options: Any) -> None:
     """Serve the experts of a bundle to a base station.
 
-    Verifies the folder, checks the engine against the golden outputs, measures a latency profile, then dials
-    the base station and serves until Ctrl-C. Reconnects by itself.
+    Verifies the folder, builds what its engine needs, checks it against the golden outputs, measures a latency
+    profile, then dials the base station and serves until Ctrl-C. Reconnects by itself.
     """
     if context.invoked_subcommand is not None:
         given = [n for n in options if context.get_parameter_source(n) is click.core.ParameterSource.COMMANDLINE]
@@ -82,5 +86,7 @@ def main(context: click.Context, /, **options: Any) -> None:
 
 
 main.add_command(bench)
+main.add_command(build)
+main.add_command(check)
 main.add_command(info)
 main.add_command(profile)

@@ -24,7 +24,7 @@ _LIBRARIES: dict[str, tuple[str, dict[str, str]]] = {
         },
     ),
     "tensorrt": (
-        "the GPU of a Jetson; no engine of this wdmoe uses it yet",
+        "engine tensorrt, on the GPU of a Jetson",
         {
             "6": f"{_JETPACK_6}: sudo apt install python3-libnvinfer (TensorRT 10.3), "
             "and make the venv with --system-site-packages",

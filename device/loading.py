@@ -12,8 +12,9 @@ import numpy as np
 
 from wdmoe.device.benching import software_of
 from wdmoe.device.machine import hardware_name
+from wdmoe.device.verdicts import Verdicts
 from wdmoe.profiles.device_profile import VERSION, DeviceProfile, Point
-from wdmoe.runtime.engines import ENGINES, ExpertEngine, load_engine
+from wdmoe.runtime.engines import ENGINES, ExpertEngine, engine_identity, load_engine, prepare_engine
 from wdmoe.runtime.errors import BundleError, EngineError
 from wdmoe.runtime.manifest import DeviceManifest
 from wdmoe.runtime.tensor_file import map_tensors
@@ -36,6 +37,9 @@ class Check:
     def passed(self) -> bool:
         """Whether the engine may serve; an error that is not a number fails."""
         return self.max_error <= self.tolerance
+
+    def __str__(self) -> str:
+        return f"{self.experts} experts, largest error {self.max_error:.1e}, allowed {self.tolerance:.0e}"
 
 
 def self_check(engine: ExpertEngine, folder: Path, manifest: DeviceManifest) -> Check:
@@ -65,6 +69,9 @@ def choose_engine(
 ) -> ExpertEngine:
     """Load the first engine of `names` that can be had and passes its self-check.
 
+    An engine that answered wrong is remembered, so that the next start does not wait for it; `wdmoe-device check` asks it
+    again.
+
     Args:
         folder: of the slice.
         manifest: of the slice.
@@ -75,21 +82,24 @@ def choose_engine(
     Raises:
         EngineError: none passes; says why for each.
     """
+    verdicts = Verdicts(folder, manifest, say)
     reasons: list[str] = []
     for name in names:
         try:
+            if (known := verdicts.of(identity := engine_identity(name))) is not None:
+                raise EngineError(f"engine {name}: {known}; `wdmoe-device check` tries it again")
+            prepare_engine(name, folder, manifest.experts, say)
             engine = load_engine(name, folder, manifest.experts, threads)
             check = self_check(engine, folder, manifest)
+            if check.passed:
+                say(f"engine {name} {engine.version}: {check}")
+                return engine
+            verdicts.remember(identity, f"self-check failed ({check})")
+            del engine  # gives its memory back before the next one is loaded
+            raise EngineError(f"engine {name}: self-check failed ({check})")
         except EngineError as error:
             reasons.append(str(error))
             say(f"passed over {error}")
-            continue
-        verdict = f"{check.experts} experts, largest error {check.max_error:.1e}, allowed {check.tolerance:.0e}"
-        if check.passed:
-            say(f"engine {name} {engine.version}: {verdict}")
-            return engine
-        reasons.append(f"engine {name}: self-check failed ({verdict})")
-        say(f"passed over {reasons[-1]}")
     raise EngineError(f"no engine of {', '.join(names)} can serve this slice: " + "; ".join(reasons))
 
 

@@ -21,3 +21,12 @@ def resident_bytes(statm: Path = Path("/proc/self/statm")) -> int | None:
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return None
+
+
+def forget_pages(path: Path) -> None:
+    """Tell the kernel that a file will not be read again soon.
+
+    On a Jetson the GPU's memory is the machine's, and large allocations have been seen to fail beside a full page cache.
+    """
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
