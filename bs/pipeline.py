@@ -8,7 +8,7 @@ waits for the air, another runs its stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -106,6 +106,7 @@ class Pipeline:
         wire: Wire = "fp16",
         held: HeldExperts | None = None,
         skip_lost: bool = False,
+        on_dispatch: Callable[[Sequence[Shipment]], None] = lambda shipments: None,
     ) -> None:
         """Put the parts together.
 
@@ -117,12 +118,14 @@ class Pipeline:
             wire: precision of the rows on the wire.
             held: experts that the base station keeps for when a device is lost.
             skip_lost: whether a policy other than exact may leave out what is lost.
+            on_dispatch: told what one microbatch sends in one block, right before it is sent.
         """
         self._hub = hub
         self._stages = stages
         self._model = manifest.model
         self._wire: Wire = wire
         self._skip_lost = skip_lost
+        self._on_dispatch = on_dispatch
         self._worker = make_worker(hub.wake)
         self.requests = Requests(hub, held, self._run_held)
         self._flights: list[Flight] = []
@@ -190,6 +193,8 @@ class Pipeline:
             if isinstance(outcome, Held):
                 outcome.take(outcome.sums)
             elif flight is not None and flight in self._flights:
+                if not isinstance(outcome, Shared):
+                    flight.record.bs_ms += done.took_s * 1e3
                 self._on_computed(flight, outcome, policy)
         self.requests.check()
 
@@ -243,6 +248,7 @@ class Pipeline:
         ]
         flight.waiting = len(flight.wants)
         flight.shared_pending = self._model.shared_expert
+        self._on_dispatch(dispatched.shipments)
         for want in flight.wants:
             self.requests.ask(want)
 
@@ -301,14 +307,11 @@ class Pipeline:
         policy: Policy,
     ) -> Dispatched | Result:
         """Combine, run the stage, route, select, pack: all that is computed between two waits for devices."""
-        started_s = self._hub.clock.now_s()
         moe_out = combined() if combined is not None else None
         microbatch = flight.microbatch
         if block == self._model.n_blocks:
             assert residual is not None and moe_out is not None
-            result = self._stages.finish(microbatch, residual, moe_out)
-            flight.record.bs_ms += (self._hub.clock.now_s() - started_s) * 1e3
-            return result
+            return self._stages.finish(microbatch, residual, moe_out)
         attended = self._stages.attend(block, microbatch, flight.angles, residual, moe_out)
         routing = route(attended.router_logits, self._model.top_k, self._model.norm_top_k)
         owner = workers.owner
@@ -325,5 +328,4 @@ class Pipeline:
             theta=plan.theta,
             stopped=plan.stopped,
         )
-        flight.record.bs_ms += (self._hub.clock.now_s() - started_s) * 1e3
         return Dispatched(attended.residual, attended.hidden, shipments, plan.weights.sum(axis=1), record)

@@ -81,9 +81,9 @@ def _policy_table(runs: Sequence[PolicyRun], link: str, devices: int) -> Group:
     return _with_note(title, table, "" if first.variant is None else f"local variant: {first.variant}\n")
 
 
-def time_table(runs: Sequence[PolicyRun]) -> Group:
+def time_table(runs: Sequence[PolicyRun], virtual: bool = False) -> Group:
     """Show where the time of a question goes, and how much was done in all."""
-    title = "Where the time of a question goes, mean ms"
+    title = f"Where the {'virtual ' if virtual else ''}time of a question goes, mean ms"
     table = _table()
     several = len({run.evaluation.dataset for run in runs}) > 1
     if several:
@@ -98,7 +98,7 @@ def time_table(runs: Sequence[PolicyRun]) -> Group:
             *([run.evaluation.dataset] if several else []),
             run.policy,
             *(f"{ms:.0f}" for ms in (summary.latency_mean_ms, summary.bs_ms, summary.device_ms, other)),
-            f"{summary.tokens / run.wall_s:.0f}",
+            f"{summary.tokens / run.clock_s:.0f}",
             f"{run.wall_s:.1f}",
         )
     return _with_note(
