@@ -55,7 +55,9 @@ def device_options(function: AnyFunction) -> AnyFunction:
         click.option(
             "--channel",
             type=click.Choice(["shared", "orthogonal"]),
-            help="One half-duplex channel for all, or a share of the bandwidth for each device.  [default: shared]",
+            metavar="KIND",
+            help="shared: one half-duplex channel for all; orthogonal: a share of the bandwidth for each device.  "
+            "[default: shared]",
         ),
         click.option(
             "--bandwidth",
@@ -69,7 +71,12 @@ def device_options(function: AnyFunction) -> AnyFunction:
             callback=read_shape,
             help="Charge time and bytes as if experts were of this shape, such as 4096x14336.",
         ),
-        click.option("--cost-precision", type=click.Choice(PRECISIONS), help="And in this precision."),
+        click.option(
+            "--cost-precision",
+            type=click.Choice(PRECISIONS),
+            metavar="P",
+            help=f"In this precision: {', '.join(PRECISIONS)}.",
+        ),
         click.option(
             "--stage-ms", type=float, help="What a stage of the base station is declared to take.  [default: 1.0]"
         ),
