@@ -10,6 +10,7 @@ from wdmoe.bs.cli_keys import enrol, keygen
 from wdmoe.bs.cli_quality import quality
 from wdmoe.bs.cli_run import run
 from wdmoe.bs.cli_status import status
+from wdmoe.bs.cli_trace import trace
 
 _EPILOG = """\b
 Examples:
@@ -31,5 +32,5 @@ def main() -> None:
     """
 
 
-for command in (run, quality, generate, devices, status, keygen, enrol):
+for command in (run, quality, trace, generate, devices, status, keygen, enrol):
     main.add_command(command)

@@ -126,6 +126,7 @@ class Pipeline:
         self._wire: Wire = wire
         self._skip_lost = skip_lost
         self._on_dispatch = on_dispatch
+        self.on_router: Callable[[int, Floats], None] | None = None  # told each block's logits, on the worker
         self._worker = make_worker(hub.wake)
         self.requests = Requests(hub, held, self._run_held)
         self._flights: list[Flight] = []
@@ -313,6 +314,8 @@ class Pipeline:
             assert residual is not None and moe_out is not None
             return self._stages.finish(microbatch, residual, moe_out)
         attended = self._stages.attend(block, microbatch, flight.angles, residual, moe_out)
+        if self.on_router is not None:
+            self.on_router(block, attended.router_logits)
         routing = route(attended.router_logits, self._model.top_k, self._model.norm_top_k)
         owner = workers.owner
         counts = np.bincount(routing.experts.ravel(), minlength=self._model.n_experts)
