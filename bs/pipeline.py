@@ -106,7 +106,7 @@ class Pipeline:
         wire: Wire = "fp16",
         held: HeldExperts | None = None,
         skip_lost: bool = False,
-        on_dispatch: Callable[[Sequence[Shipment]], None] = lambda shipments: None,
+        on_dispatch: Callable[[Sequence[Shipment]], Sequence[int]] = lambda shipments: range(len(shipments)),
     ) -> None:
         """Put the parts together.
 
@@ -118,7 +118,7 @@ class Pipeline:
             wire: precision of the rows on the wire.
             held: experts that the base station keeps for when a device is lost.
             skip_lost: whether a policy other than exact may leave out what is lost.
-            on_dispatch: told what one microbatch sends in one block, right before it is sent.
+            on_dispatch: told what one microbatch is to send in one block; returns in which order.
         """
         self._hub = hub
         self._stages = stages
@@ -249,9 +249,9 @@ class Pipeline:
         ]
         flight.waiting = len(flight.wants)
         flight.shared_pending = self._model.shared_expert
-        self._on_dispatch(dispatched.shipments)
-        for want in flight.wants:
-            self.requests.ask(want)
+        wants = list(flight.wants)  # those that fail at once take themselves off
+        for which in self._on_dispatch(dispatched.shipments):
+            self.requests.ask(wants[which])
 
     def _continue_if_complete(self, flight: Flight, policy: Policy) -> None:
         if flight.waiting or flight.shared_pending:

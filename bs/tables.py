@@ -211,6 +211,29 @@ def status_table(answer: dict[str, Any]) -> Group:
     return _with_note(title, table, counts + refused)
 
 
+def simulation_table(result: dict[str, Any]) -> Group:
+    """Show what `wdmoe-bs simulate` found."""
+    devices, entries = sum(result["devices"].values()), result["results"]
+    medium = result["channel"] if result["bandwidth"] is None else f"{result['channel']}, {result['bandwidth']}"
+    questions = entries[0]["questions"]
+    title = f"{result['model']['name']}: {questions} questions, {devices} modelled devices, {medium} channel"
+    table = _table()
+    table.add_column("policy", overflow="fold", min_width=len("policy"))
+    for heading in ("mean ms", "p50", "p95", "vs exact", "pairs dropped", "gate dropped"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    exact = next((entry["latency_mean_ms"] for entry in entries if entry["policy"] == "exact"), None)
+    for entry in entries:
+        against = "-" if exact is None else f"{100 * (entry['latency_mean_ms'] / exact - 1):+.1f}%"
+        table.add_row(
+            entry["policy"],
+            *(f"{entry[key]:.0f}" for key in ("latency_mean_ms", "latency_p50_ms", "latency_p95_ms")),
+            against,
+            f"{100 * entry['dropped_share']:.1f}%",
+            f"{100 * entry['gate_mass_dropped']:.1f}%",
+        )
+    return _with_note(title, table, "modelled: latency of a question, one at a time; nothing here was measured")
+
+
 def _table() -> Table:
     return Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
 

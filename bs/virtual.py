@@ -97,31 +97,41 @@ class VirtualDevice:
 
 
 @dataclass(frozen=True, slots=True)
-class BlockShares:
-    """Divides the bandwidth anew for what each microbatch sends in each block, so that all devices finish together.
+class Transmitter:
+    """What the base station decides when a microbatch sends in a block: who is sent to first, and shares of the band.
 
-    With several microbatches in flight each has an equal part of the bandwidth to divide: what two of them send at
-    the same time never takes more than there is.
+    With several microbatches in flight and a band that is divided anew for each block, each has an equal part of it
+    to divide: what two of them send at the same time never takes more than there is.
     """
 
     devices: dict[str, VirtualDevice]
     links: dict[str, LinkProfile]
     row_bytes: float  # as charged
     in_flight: int
+    per_block: bool
 
-    def divide(self, shipments: Sequence[Shipment]) -> None:
-        """Set the share of each device that is asked."""
-        names = [shipment.device for shipment in shipments if shipment.device in self.devices]
-        asked = [shipment for shipment in shipments if shipment.device in self.devices]
-        air_ms = np.array([len(s.rows) * self.links[s.device].row_ms(self.row_bytes) for s in asked])
+    def dispatch(self, shipments: Sequence[Shipment]) -> Sequence[int]:
+        """Set the shares of the devices that are asked; return the order of sending: the longest tail first.
+
+        That is Jackson's rule, as `airtime.send_order` has it; only on a shared channel does the order matter.
+        """
+        asked = [n for n, shipment in enumerate(shipments) if shipment.device in self.devices]
+        names = [shipments[n].device for n in asked]
+        rows = np.array([len(shipments[n].rows) for n in asked])
         fixed_ms = np.array(
             [
-                self.links[s.device].round_trip_ms + sum(map(self.devices[s.device].profile.call_ms, s.request.counts))
-                for s in asked
+                self.links[name].round_trip_ms
+                + sum(map(self.devices[name].profile.call_ms, shipments[n].request.counts))
+                for n, name in zip(asked, names, strict=True)
             ]
         )
-        for name, share in zip(names, finish_together(air_ms * self.in_flight, fixed_ms), strict=True):
-            self.devices[name].air.emulator.share = float(share) / self.in_flight
+        if self.per_block and asked:
+            air_ms = rows * np.array([self.links[name].row_ms(self.row_bytes) for name in names])
+            for name, share in zip(names, finish_together(air_ms * self.in_flight, fixed_ms), strict=True):
+                self.devices[name].air.emulator.share = float(share) / self.in_flight
+        tail_ms = fixed_ms + rows * np.array([self.links[name].up_ms(self.row_bytes) for name in names])
+        others = [n for n in range(len(shipments)) if n not in asked]
+        return [*(asked[n] for n in np.argsort(-tail_ms, kind="stable")), *others]
 
 
 def finish_together(air_ms: Times, fixed_ms: Times) -> Times:
@@ -173,11 +183,12 @@ def open_virtual_station(config: StationConfig, virtual: VirtualConfig, say: Say
 
     stages = Stages(folder, manifest, config.threads)
     held = held_experts(config, folder, manifest)
-    shares = BlockShares(
+    transmitter = Transmitter(
         {device.name: device for device in devices},
         {device.name: profile for device, profile in zip(devices, virtual.profiles, strict=True)},
         2.0 * (virtual.cost_shape.d_model if virtual.cost_shape is not None else manifest.model.d_model),
         config.in_flight,
+        virtual.bandwidth == "per-block",
     )
     pipeline = Pipeline(
         hub,
@@ -187,7 +198,7 @@ def open_virtual_station(config: StationConfig, virtual: VirtualConfig, say: Say
         config.wire,
         held,
         config.when_lost == "skip",
-        shares.divide if virtual.bandwidth == "per-block" else lambda shipments: None,
+        transmitter.dispatch,
     )
     try:
         yield Station(config, folder, manifest, hub, pipeline, virtual)
