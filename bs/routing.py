@@ -28,6 +28,8 @@ class Plan:
     weights: Floats  # [tokens, k], what outputs are multiplied with; 0 where not kept
     theta: float | None = None  # where the policy has one: its final threshold
     stopped: str | None = None  # and why it stopped there
+    experts: Ints | None = None  # [tokens, k], where the policy asks for others than the model chose
+    devices: Ints | None = None  # [tokens, k], where it asks others than the owners: who is asked for each expert
 
 
 def route(router_logits: Floats, top_k: int, normalise: bool) -> Routing:

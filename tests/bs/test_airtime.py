@@ -4,11 +4,11 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+from devices import random_model
 
 from wdmoe.bs.airtime import (
     LatencyModel,
     Load,
-    Medium,
     latency_model,
     linear_model,
     load_of,
@@ -18,24 +18,6 @@ from wdmoe.bs.latency import DeviceLatency
 from wdmoe.profiles.device_profile import interpolate
 
 CURVE = ((1, 1.0), (4, 1.0), (8, 2.0))
-
-
-def random_model(rng: np.random.Generator, n_devices: int, medium: Medium, up_to: int = 64) -> LatencyModel:
-    """Devices with a fixed cost of reading weights and a slope beyond a bend, on links of different rates."""
-    reading, slope, bend = rng.uniform(0.2, 2.0, n_devices), rng.uniform(0.01, 0.1, n_devices), 8
-    tokens = np.arange(up_to + 1)
-    tables = reading[:, None] + slope[:, None] * np.maximum(0, tokens - bend)
-    tables[:, 0] = 0
-    return LatencyModel(
-        tables=tables,
-        table=np.arange(n_devices),
-        slowness=rng.uniform(0.8, 1.5, n_devices),
-        staging_ms=rng.uniform(0, 0.02, n_devices),
-        way_ms=np.full(n_devices, rng.uniform(0, 0.5)),
-        down_ms=rng.uniform(0.05, 0.4, n_devices),
-        up_ms=rng.uniform(0.05, 0.4, n_devices),
-        medium=medium,
-    )
 
 
 def random_load(rng: np.random.Generator, n_devices: int) -> Load:
