@@ -78,15 +78,21 @@ class VirtualConfig:
             raise ValueError("--bandwidth divides orthogonal shares; give --channel orthogonal as well")
         if not self.stage_ms >= 0:
             raise ValueError(f"--stage-ms is {self.stage_ms}, expected at least 0")
-        if (shares := self.shares) is not None and (min(shares) <= 0 or sum(shares) > 1 + 1e-9):
+        if (
+            (shares := self.shares) is not None
+            and self.bandwidth != "per-block"
+            and (min(shares) <= 0 or sum(shares) > 1 + 1e-9)
+        ):
             raise ValueError(f"--bandwidth is {self.bandwidth}: shares must be positive and sum to at most 1")
 
     @property
     def shares(self) -> tuple[float, ...] | None:
-        """The share of each device while nothing else is decided; None on a shared channel."""
+        """The share of each device, 1 where it is divided anew for each block; None on a shared channel."""
         if self.channel == "shared":
             return None
-        if self.bandwidth in (None, "uniform", "per-block"):
+        if self.bandwidth == "per-block":
+            return (1.0,) * len(self.devices)
+        if self.bandwidth in (None, "uniform"):
             return (1 / len(self.devices),) * len(self.devices)
         try:
             shares = tuple(float(part) for part in self.bandwidth.split(","))

@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from wdmoe.bs.airtime import Medium, latency_model
 from wdmoe.bs.dispatch import Shipment, combine, split_by_device
 from wdmoe.bs.fleet import NOBODY
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
 from wdmoe.bs.latency import DeviceLatency, row_ms
 from wdmoe.bs.microbatch import Microbatch, Result
-from wdmoe.bs.policies import Exact, Policy, select
+from wdmoe.bs.policies import Context, Exact, Policy, select
 from wdmoe.bs.records import BlockRecord, Record
 from wdmoe.bs.requests import Requests, Want, lost_share
 from wdmoe.bs.routing import Floats, Ints, pairs_used, route
@@ -106,6 +107,7 @@ class Pipeline:
         wire: Wire = "fp16",
         held: HeldExperts | None = None,
         skip_lost: bool = False,
+        medium: Medium = "own",
         on_dispatch: Callable[[Sequence[Shipment]], Sequence[int]] = lambda shipments: range(len(shipments)),
     ) -> None:
         """Put the parts together.
@@ -118,6 +120,7 @@ class Pipeline:
             wire: precision of the rows on the wire.
             held: experts that the base station keeps for when a device is lost.
             skip_lost: whether a policy other than exact may leave out what is lost.
+            medium: what the devices' links are, for the latency model.
             on_dispatch: told what one microbatch is to send in one block; returns in which order.
         """
         self._hub = hub
@@ -125,6 +128,7 @@ class Pipeline:
         self._model = manifest.model
         self._wire: Wire = wire
         self._skip_lost = skip_lost
+        self._medium: Medium = medium
         self._on_dispatch = on_dispatch
         self.on_router: Callable[[int, Floats], None] | None = None  # told each block's logits, on the worker
         self._worker = make_worker(hub.wake)
@@ -319,7 +323,12 @@ class Pipeline:
         routing = route(attended.router_logits, self._model.top_k, self._model.norm_top_k)
         owner = workers.owner
         counts = np.bincount(routing.experts.ravel(), minlength=self._model.n_experts)
-        plan = select(routing, owner, row_ms(workers.latencies, counts, owner), policy)
+        context = Context(
+            block,
+            latency_model(workers.latencies, len(routing.experts), medium=self._medium),
+            probabilities=route(attended.router_logits, self._model.n_experts, normalise=False).by_expert(),
+        )
+        plan = select(routing, owner, row_ms(workers.latencies, counts, owner), policy, context)
         shipments = split_by_device(block, routing, plan, owner, workers.names, attended.hidden, self._wire)
         wanted = pairs_used(routing.experts, np.ones_like(plan.keep), owner, len(workers.names))
         record = BlockRecord(
@@ -327,7 +336,7 @@ class Pipeline:
             droppable=int(wanted.sum()) - len(wanted),
             sent=sum(len(shipment.rows) for shipment in shipments),
             gate_mass=float(routing.weights.sum()),
-            gate_mass_dropped=float(routing.weights[~plan.keep].sum()),
+            gate_mass_dropped=plan.dropped_mass(routing),
             theta=plan.theta,
             stopped=plan.stopped,
         )

@@ -7,14 +7,14 @@ on the medium. All that comes out is modelled; nothing is measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from wdmoe.bs.airtime import LatencyModel, Load, load_of, makespan
-from wdmoe.bs.policies import Policy, select
+from wdmoe.bs.policies import Context, Policy, select
 from wdmoe.bs.radio import Cell
 from wdmoe.bs.routing import Bools, Ints, Routing
 from wdmoe.bs.trace import Trace
@@ -144,7 +144,9 @@ def simulate(
         waiting_ms = 0.0
         for block in range(trace.n_blocks):
             routing = trace.routing(block, question)
-            block_ms = _block_ms(routing, replicas[block], site.now(), policy, result)
+            probabilities = trace.probabilities[block, trace.starts[question] : trace.starts[question + 1]]
+            context = Context(block, site.now(), probabilities=probabilities.astype(np.float32))
+            block_ms = _block_ms(routing, replicas[block], context, policy, result)
             waiting_ms += block_ms
             if site.cell is not None:
                 site.cell.pass_time((block_ms + site.stage_ms) / 1e3)
@@ -167,18 +169,24 @@ def row_times(load: Load, model: LatencyModel) -> Times:
     return 2 * model.way_ms / rows + model.staging_ms + model.row_air_ms + calls_ms / rows
 
 
-def _block_ms(routing: Routing, replicas: Replicas, model: LatencyModel, policy: Policy, result: Simulated) -> float:
+def _block_ms(routing: Routing, replicas: Replicas, context: Context, policy: Policy, result: Simulated) -> float:
+    model = context.model
+    assert model is not None
+    if len(replicas.device) > len(replicas.count):
+        context = replace(context, probabilities=None)  # they speak of experts, and the policy sees replicas
     dealt = Routing(replicas.deal(routing.experts), routing.weights)
     devices, everything = replicas.device[dealt.experts], np.ones(dealt.experts.shape, np.bool_)
     n_pairs, n_devices = len(replicas.device), model.n_devices
     before = load_of(dealt.experts, everything, devices, n_pairs, n_devices)
-    plan = select(dealt, replicas.device, row_times(before, model), policy)
-    after = before if plan.keep.all() else load_of(dealt.experts, plan.keep, devices, n_pairs, n_devices)
+    plan = select(dealt, replicas.device, row_times(before, model), policy, context)
+    asked = dealt.experts if plan.experts is None else plan.experts
+    devices = replicas.device[asked] if plan.devices is None else plan.devices
+    after = load_of(asked, plan.keep, devices, n_pairs, n_devices)
     result.pairs += int(before.rows.sum())
     result.droppable += int(before.rows.sum()) - len(devices)
     result.sent += int(after.rows.sum())
     result.gate_mass += float(routing.weights.sum())
-    result.gate_mass_dropped += float(routing.weights[~plan.keep].sum())
+    result.gate_mass_dropped += plan.dropped_mass(dealt)
     return makespan(after, model).total_ms
 
 

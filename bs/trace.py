@@ -93,9 +93,7 @@ class Recorder:
             self._blocks.append([])
             self._counts.append([])
         everything = route(logits, logits.shape[1], normalise=False)
-        probabilities = np.empty(logits.shape, np.float16)
-        np.put_along_axis(probabilities, everything.experts, everything.weights.astype(np.float16), axis=1)
-        self._blocks[-1].append(probabilities)
+        self._blocks[-1].append(everything.by_expert().astype(np.float16))
         chosen = everything.experts[:, : self.top_k].ravel()
         self._counts[-1].append(np.bincount(chosen, minlength=logits.shape[1]))
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.bs.airtime import pooled_root
 from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.dispatch import Shipment
 from wdmoe.bs.hub import Hub
@@ -135,7 +136,7 @@ class Transmitter:
 
 
 def finish_together(air_ms: Times, fixed_ms: Times) -> Times:
-    """Divide a bandwidth so that all devices finish at one time T: share = air / (T - fixed), by bisection on T.
+    """Divide a band so that all devices finish at one time T: share = air / (T - fixed).
 
     Args:
         air_ms: [n], of each device with all the bandwidth; more than 0.
@@ -144,14 +145,7 @@ def finish_together(air_ms: Times, fixed_ms: Times) -> Times:
     Returns:
         [n] shares that sum to 1.
     """
-    low, high = float(fixed_ms.max(initial=0.0)), float(fixed_ms.max(initial=0.0) + air_ms.sum())
-    for _ in range(100):
-        middle = (low + high) / 2
-        if middle > fixed_ms.max() and (air_ms / (middle - fixed_ms)).sum() <= 1:
-            high = middle
-        else:
-            low = middle
-    shares: Times = air_ms / (high - fixed_ms)
+    shares: Times = air_ms / (pooled_root(air_ms.tolist(), fixed_ms.tolist()) - fixed_ms)
     shares /= shares.sum()
     return shares
 
@@ -198,6 +192,7 @@ def open_virtual_station(config: StationConfig, virtual: VirtualConfig, say: Say
         config.wire,
         held,
         config.when_lost == "skip",
+        "shared" if virtual.channel == "shared" else "pooled" if virtual.bandwidth == "per-block" else "own",
         transmitter.dispatch,
     )
     try:

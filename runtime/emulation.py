@@ -84,9 +84,10 @@ class Emulator:
             link: None charges nothing for it.
             seed: the same one draws the same jitter for the same requests, however many pings came between.
             channel: that a half-duplex link shares with others; None: it has its own.
-            share: of the link's bandwidth that requests get from now on; may be set later.
+            share: of the link's bandwidth that requests get from now on; where it is set to less later, what bytes
+                take longer counts as waiting for the radio.
         """
-        self.share = share
+        self.share = self._usual_share = share
         self._link = link
         half_duplex = link is not None and link.half_duplex
         self._down: Channel = channel if channel is not None and half_duplex else OwnChannel()
@@ -108,7 +109,8 @@ class Emulator:
         received_s = sent_s + down_s + way_s
         started_s = max(received_s, self._free_s)
         self._free_s = max(started_s + exchange.service_ms / 1e3, exchange.done_s)
-        return Computed(exchange, started_s, self._free_s, (sent_s - exchange.arrived_s) + (started_s - received_s))
+        waited_s = (sent_s - exchange.arrived_s) + (started_s - received_s) + self._longer_s(down_s)
+        return Computed(exchange, started_s, self._free_s, waited_s)
 
     def answer(self, computed: Computed, now_s: float) -> Release:
         """Decide when the reply is back: the second half of `release`.
@@ -122,12 +124,15 @@ class Emulator:
         way_s = self._round_trip_s(exchange.real_round_trip_ms) / 2
         sent_s = self._up.reserve(now_s, computed.ended_s, up_s)
         self._last_s = max(self._last_s, sent_s + up_s + way_s + self._draw_s(self._jitter))
-        waited_s = computed.waited_s + (sent_s - computed.ended_s)
+        waited_s = computed.waited_s + (sent_s - computed.ended_s) + self._longer_s(up_s)
         return Release(self._last_s, round(1e6 * waited_s), round(1e6 * (computed.ended_s - computed.started_s)))
 
     def pong_delay_s(self, real_round_trip_ms: float = 0.0) -> float:
         """Draw how long a ping and its answer are on the link; they wait for nobody."""
         return self._round_trip_s(real_round_trip_ms) + self._draw_s(self._ping_jitter)
+
+    def _longer_s(self, on_air_s: float) -> float:
+        return max(0.0, on_air_s * (1 - self.share / self._usual_share))
 
     def _round_trip_s(self, real_ms: float) -> float:
         return max(0.0, self._link.round_trip_ms - real_ms) / 1e3 if self._link is not None else 0.0
