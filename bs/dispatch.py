@@ -50,17 +50,23 @@ def split_by_device(
         wire: precision of the rows on the wire.
     """
     tokens = np.arange(len(hidden))[:, None]
+    asked = routing.experts if plan.experts is None else plan.experts
     wanted = np.zeros((len(hidden), len(owner)), np.bool_)
-    wanted[tokens, routing.experts] = plan.keep
+    wanted[tokens, asked] = plan.keep
     weights = np.zeros(wanted.shape, np.float32)
-    weights[tokens, routing.experts] = plan.weights
-    counts = wanted.sum(axis=0)
+    weights[tokens, asked] = plan.weights
+    device = np.broadcast_to(owner, wanted.shape)  # of each expert, for each token
+    if plan.devices is not None:
+        device = device.copy()
+        device[tokens, asked] = plan.devices
     shipments: list[Shipment] = []
     for k, name in enumerate(names):
-        experts = np.flatnonzero((owner == k) & (counts > 0))
+        of_device = wanted & (device == k)
+        counts = of_device.sum(axis=0)
+        experts = np.flatnonzero(counts)
         if len(experts) == 0:
             continue
-        mine = wanted[:, experts]
+        mine = of_device[:, experts]
         rows = np.flatnonzero(mine.any(axis=1))
         by_expert = mine[rows].T
         packed, wire_used = pack_rows(hidden[rows], wire)

@@ -1,0 +1,282 @@
+"""How long one block takes on all devices: rows go down, experts run, sums come back, on links of two kinds.
+
+Own links (wires, or shares of a band as in OFDMA): devices do not hinder each other, and
+
+    finish_k = 2 way_k + n_k (down_k + staging_k + up_k) + sum over its experts of call_k(tokens of the expert)
+
+One shared half-duplex channel (WiFi): whoever sends, the others wait, so time on the air is conserved and the order
+matters. All requests go first: a request that changes place with a reply before it starts its device earlier and ends
+nobody later. Replies go in the order in which they are ready. What remains to be chosen is the order of the requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from wdmoe.bs.latency import DeviceLatency
+from wdmoe.profiles.device_profile import interpolate
+
+Times = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Curve = tuple[tuple[int, float], ...]
+
+# own: each device its link or share of the band. shared: one half-duplex channel. pooled: one band that is divided
+# anew for each block once its loads are known, see `allocation.per_block`.
+Medium = Literal["own", "shared", "pooled"]
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyModel:
+    """What K devices take, as plain values; all in milliseconds."""
+
+    tables: Times  # [n_tables, up to + 1], an expert call with 0, 1, ... tokens
+    table: Ints  # [K], which of them is each device's
+    slowness: Times  # [K], factor on the table: the live correction
+    staging_ms: Times  # [K], of each row on the device, beside the expert calls
+    way_ms: Times  # [K], a message that weighs nothing, one way
+    down_ms: Times  # [K], of each row on the way to the device; shared and pooled: with the whole band
+    up_ms: Times  # [K], of each row on the way back
+    medium: Medium = "own"
+
+    def __post_init__(self) -> None:
+        """Refuse arrays that do not speak of the same devices."""
+        lengths = {len(getattr(self, name)) for name in ("slowness", "staging_ms", "way_ms", "down_ms", "up_ms")}
+        if lengths != {len(self.table)}:
+            raise ValueError(f"a latency model of {len(self.table)} devices has arrays of length {sorted(lengths)}")
+
+    @property
+    def n_devices(self) -> int:
+        """How many devices it speaks of."""
+        return len(self.table)
+
+    @property
+    def up_to(self) -> int:
+        """The most tokens of an expert call that the tables know."""
+        return int(self.tables.shape[1]) - 1
+
+    @property
+    def row_air_ms(self) -> Times:
+        """[K], a row there and back."""
+        return self.down_ms + self.up_ms
+
+    def call_ms(self, devices: Ints, tokens: Ints) -> Times:
+        """Return the time of expert calls.
+
+        Args:
+            devices: [C], who is called.
+            tokens: [C], with how many.
+        """
+        return self.tables[self.table[devices], tokens] * self.slowness[devices]
+
+    def with_rates(self, down_ms: Times, up_ms: Times, medium: Medium = "own") -> LatencyModel:
+        """Return the same devices on other links."""
+        return replace(self, down_ms=down_ms, up_ms=up_ms, medium=medium)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What one block asks of each device."""
+
+    rows: Ints  # [K], rows that travel
+    device: Ints  # [C], of each expert call
+    tokens: Ints  # [C], of each expert call; 0: not made
+
+    def compute_ms(self, model: LatencyModel) -> Times:
+        """[K], what each device computes: its calls one after another, and the staging of its rows."""
+        calls = np.bincount(self.device, model.call_ms(self.device, self.tokens), model.n_devices)
+        return calls + self.rows * model.staging_ms
+
+
+@dataclass(frozen=True, slots=True)
+class BlockTime:
+    """When a block is done, counted from the first byte."""
+
+    total_ms: float
+    finish_ms: Times  # [K], when the last byte of each device is back; 0 if it is idle
+    order: Ints | None = None  # on a shared channel: the devices in the order in which their requests are sent
+
+
+def load_of(experts: Ints, keep: npt.NDArray[np.bool_], devices: Ints, n_experts: int, n_devices: int) -> Load:
+    """Count what is asked of each device.
+
+    Args:
+        experts: [tokens, k].
+        keep: [tokens, k], False: not asked for.
+        devices: [tokens, k], who is asked; a token's experts on one device share one row.
+        n_experts: of a block.
+        n_devices: number of devices.
+    """
+    first = keep.copy()  # whether no earlier slot of the token already brought the row
+    for slot in range(1, experts.shape[1]):
+        for earlier in range(slot):
+            first[:, slot] &= ~((devices[:, slot] == devices[:, earlier]) & keep[:, earlier])
+    calls = np.bincount((devices * n_experts + experts)[keep])
+    made = np.flatnonzero(calls)
+    return Load(np.bincount(devices[first], minlength=n_devices), made // n_experts, calls[made])
+
+
+def makespan(load: Load, model: LatencyModel, order: Sequence[int] | Ints | None = None) -> BlockTime:
+    """Predict how long a block takes.
+
+    Args:
+        load: what is asked of each device.
+        model: of the devices and their links.
+        order: on a shared channel, all devices in the order in which requests are sent; None: as `send_order` says.
+    """
+    compute_ms = load.compute_ms(model)
+    if model.medium == "shared":
+        return _shared_makespan(load.rows, compute_ms, model, order)
+    if model.medium == "pooled":
+        total_ms = pooled_ms(load.rows, compute_ms, model)
+        return BlockTime(total_ms, np.where(load.rows > 0, total_ms, 0.0))
+    finish_ms = np.where(load.rows > 0, 2 * model.way_ms + compute_ms + load.rows * model.row_air_ms, 0.0)
+    return BlockTime(float(finish_ms.max(initial=0.0)), finish_ms)
+
+
+def send_order(rows: Ints, compute_ms: Times, model: LatencyModel) -> Ints:
+    """Order the requests on a shared channel: first to the device with the most left to do once it has its rows.
+
+    This is Jackson's rule, which would be exact if replies did not share the channel; `allocation.best_order` is
+    exact, for few devices.
+    """
+    tail_ms = 2 * model.way_ms + compute_ms + rows * model.up_ms
+    loaded = np.flatnonzero(rows > 0)
+    return loaded[np.argsort(-tail_ms[loaded], kind="stable")]
+
+
+def pooled_ms(rows: Ints, compute_ms: Times, model: LatencyModel) -> float:
+    """Return the block time when the band is divided so that all finish together, at rates linear in bandwidth.
+
+    A device that needs air_k with the whole band and has until T - fixed_k to use it needs the share
+    air_k / (T - fixed_k). Where these sum to one T is found; the sum falls with T, so Newton from the left is safe: it
+    is convex, so that no step passes the root.
+    """
+    loaded = rows > 0
+    air_ms: list[float] = (rows * model.row_air_ms)[loaded].tolist()
+    fixed_ms: list[float] = (2 * model.way_ms + compute_ms)[loaded].tolist()
+    return pooled_root(air_ms, fixed_ms)
+
+
+def pooled_root(air_ms: Sequence[float], fixed_ms: Sequence[float]) -> float:
+    """Solve sum of air / (T - fixed) = 1 for T; see `pooled_ms`. A few plain numbers are faster without numpy."""
+    # Each device alone with the whole band: not enough for all.
+    t_ms = max((fixed + air for fixed, air in zip(fixed_ms, air_ms, strict=True)), default=0.0)
+    on_air = [(air, fixed) for air, fixed in zip(air_ms, fixed_ms, strict=True) if air > 0]
+    while on_air:
+        excess, slope = -1.0, 0.0
+        for air, fixed in on_air:
+            left_ms = max(t_ms - fixed, 1e-12 * t_ms)  # what is lost to rounding beside a long fixed time
+            share = air / left_ms
+            excess += share
+            slope += share / left_ms
+        step_ms = excess / slope
+        t_ms += step_ms
+        if step_ms <= 1e-13 * t_ms:
+            break
+    return t_ms
+
+
+def few_ms(asked: Sequence[tuple[float, float, float, float]], medium: Medium) -> float:
+    """Return the block time of a few devices in plain numbers, which for them is faster; the same as `makespan`.
+
+    Args:
+        asked: of each loaded device: request on the air, one way, computing, reply on the air; milliseconds.
+        medium: of the links.
+    """
+    if medium == "own":
+        return max((send + 2 * way + compute + reply for send, way, compute, reply in asked), default=0.0)
+    if medium == "pooled":
+        return pooled_root([send + reply for send, _, _, reply in asked], [2 * way + c for _, way, c, _ in asked])
+    sent = 0.0
+    ready: list[tuple[float, float, float]] = []
+    for send, way, compute, reply in sorted(asked, key=lambda one: -(2 * one[1] + one[2] + one[3])):
+        sent += send
+        ready.append((sent + way + compute, reply, way))
+    ready.sort(key=lambda one: one[0])
+    end, total = sent, 0.0
+    for at, reply, way in ready:
+        end = max(end, at) + reply
+        total = max(total, end + way)
+    return total
+
+
+def latency_model(
+    devices: Sequence[DeviceLatency], up_to: int, staging_ms: Sequence[float] | None = None, medium: Medium = "own"
+) -> LatencyModel:
+    """Put the live models of devices together.
+
+    Args:
+        devices: as the trackers have them; a correction holds for all that a device is charged with, but not for
+            the air of a channel that it shares with others.
+        up_to: the most tokens that a call may have.
+        staging_ms: of each row, by device; None: it is in the tables or not known.
+        medium: what the links are.
+    """
+    curves: dict[Curve, int] = {}
+    table = [curves.setdefault(device.curve, len(curves)) for device in devices]
+    size = 1 << max(0, up_to - 1).bit_length()
+    correction = np.array([device.correction for device in devices])
+    link_ms = np.array([device.row_link_ms for device in devices]) / 2  # symmetric, as far as is known
+    link_ms *= correction if medium == "own" else 1.0
+    return LatencyModel(
+        tables=_stack(tuple(curves), size),
+        table=np.array(table, np.int64),
+        slowness=correction,
+        staging_ms=correction * (0.0 if staging_ms is None else np.array(staging_ms)),
+        way_ms=correction * np.array([device.round_trip_ms for device in devices]) / 2,
+        down_ms=link_ms,
+        up_ms=link_ms,
+        medium=medium,
+    )
+
+
+def linear_model(row_ms: Times, up_to: int) -> LatencyModel:
+    """Return the model of a row time and nothing else: every row of a device takes as long."""
+    none = np.zeros(len(row_ms))
+    tables = np.zeros((1, up_to + 1))
+    return LatencyModel(tables, np.zeros(len(row_ms), np.int64), none + 1.0, none, none, row_ms, none)
+
+
+@lru_cache(maxsize=64)
+def _stack(curves: tuple[Curve, ...], up_to: int) -> Times:
+    stacked = np.stack([_call_table(curve, up_to) for curve in curves])
+    stacked.setflags(write=False)
+    return stacked
+
+
+@lru_cache(maxsize=1024)
+def _call_table(curve: Curve, up_to: int) -> Times:
+    """Tabulate a curve for 0 .. up_to tokens."""
+    tokens = [float(step[0]) for step in curve]
+    table = np.interp(np.arange(up_to + 1), tokens, [step[1] for step in curve])
+    table[0] = 0.0
+    for beyond in range(curve[-1][0] + 1, up_to + 1):
+        table[beyond] = interpolate(curve, beyond)
+    return table
+
+
+def _shared_makespan(
+    rows: Ints, compute_ms: Times, model: LatencyModel, order: Sequence[int] | Ints | None
+) -> BlockTime:
+    loaded = send_order(rows, compute_ms, model) if order is None else np.array([k for k in order if rows[k] > 0])
+    finish_ms = np.zeros(len(rows))
+    if len(loaded) == 0:
+        return BlockTime(0.0, finish_ms, loaded)
+    way_ms = model.way_ms[loaded]
+    sent_ms = np.cumsum((rows * model.down_ms)[loaded])
+    ready_ms = sent_ms + way_ms + compute_ms[loaded]
+    turn = np.argsort(ready_ms, kind="stable")
+    reply_ms = (rows * model.up_ms)[loaded][turn]
+    # A reply starts when it is ready and the one before is done; none before the last request is sent:
+    # end_i = sum up to i + max over j <= i of (start_j - sum before j).
+    until_ms = np.cumsum(reply_ms)
+    start_ms = np.maximum(ready_ms[turn], sent_ms[-1])
+    end_ms = until_ms + np.maximum.accumulate(start_ms - (until_ms - reply_ms))
+    finish_ms[loaded[turn]] = end_ms + way_ms[turn]
+    return BlockTime(float(finish_ms.max()), finish_ms, loaded)

@@ -1,0 +1,175 @@
+"""`bottleneck`: unload the devices that finish last, least importance first, within a budget. Ours.
+
+For every device the pairs it may lose stand in a ladder, least important first, with the importance spent and the time
+the device takes alone after each rung. Where experts have a fixed cost (reading the weights), the last row of an
+expert is worth more than the others, so there are further ladders that empty some experts first.
+
+On own links the block takes as long as its slowest device: the least T for which each device can be brought to T and
+all that costs is within the budget is found by bisection. Where devices share the air, every row costs all of them
+time: pairs go by importance per time on the air, and that is weighed against the ladders by the block's real time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from wdmoe.bs.airtime import LatencyModel, Load, few_ms, linear_model, makespan
+from wdmoe.bs.policies.ladders import Chosen, make_ladders
+from wdmoe.bs.policies.options import Context, Latencies, Options
+from wdmoe.bs.policies.pairs import (
+    Pairs,
+    droppable,
+    kept_weights,
+    make_pairs,
+    plan_without,
+    slot_importance,
+    spare_last,
+)
+from wdmoe.bs.routing import Bools, Ints, Plan, Routing
+
+_FEW = 6  # pairs of one token that are tried in all combinations
+_ROUNDS = 2  # of a pooled band: what a row costs depends on the block time, which depends on the rows
+_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the budget, tried for devices that are late by themselves
+_NEAR = 1.01  # to what cannot be beaten, to look no further
+_STEPS = 40  # of a bisection: to 1e-12 of its range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bottleneck(Options):
+    """Leave out what makes the block shorter, until the budget is spent or nothing is gained."""
+
+    protect: bool = True
+    budget: tuple[float, ...] = (0.05,)
+
+
+def select_bottleneck(routing: Routing, owner: Ints, row_ms: Latencies, policy: Bottleneck, context: Context) -> Plan:
+    """Choose the pairs to leave out."""
+    model = context.model or linear_model(row_ms, len(routing.experts))
+    importance = slot_importance(routing, policy, context)
+    allowance = policy.allowance(importance, context.block)
+    device = owner[routing.experts]
+    if len(device) == 1:
+        return _one_token(routing, device[0].tolist(), importance[0].tolist(), allowance, model, policy)
+    pairs = make_pairs(device, importance)
+    drop = unload(routing.experts, pairs, droppable(pairs, policy.protect), allowance, model, len(owner))
+    return plan_without(routing, pairs, drop, policy)
+
+
+def unload(experts: Ints, pairs: Pairs, may: Bools, allowance: float, model: LatencyModel, n_experts: int) -> Bools:
+    """Return the leads of the pairs to leave out, [tokens, k].
+
+    Args:
+        experts: [tokens, k].
+        pairs: of the block.
+        may: [tokens, k], leads that may be left out, each by itself.
+        allowance: for the sum of their importance.
+        model: of the devices.
+        n_experts: of a block.
+    """
+    best, best_ms = np.zeros(may.shape, np.bool_), np.inf
+    for _ in range(2):
+        found, found_ms = _unload(experts, pairs, may, allowance, model, n_experts)
+        lost = np.flatnonzero(~(pairs.lead & ~found).any(axis=1))
+        if len(lost):
+            # Tokens that would lose all their pairs get the most important back, and it is no longer on offer.
+            back = pairs.importance[lost].argmax(axis=1)
+            may = may.copy()
+            may[lost, back] = found[lost, back] = False
+            found_ms = makespan(_load(experts, pairs, found, model, n_experts), model).total_ms
+        if found_ms < best_ms:
+            best, best_ms = spare_last(pairs, found), found_ms
+        if len(lost) == 0:
+            break
+    return best
+
+
+def _unload(
+    experts: Ints, pairs: Pairs, may: Bools, allowance: float, model: LatencyModel, n_experts: int
+) -> tuple[Bools, float]:
+    nothing = np.zeros(may.shape, np.bool_)
+    load = _load(experts, pairs, nothing, model, n_experts)
+    full = makespan(load, model)
+    ladders = make_ladders(experts, pairs, may, load, model, allowance) if allowance > 0 else None
+    if ladders is None:
+        return nothing, full.total_ms
+    if model.medium == "own":
+        chosen = ladders.bring_down(allowance, _STEPS)
+        return ladders.drop(chosen, may.shape), ladders.slowest_ms(chosen)
+    best, best_ms = nothing, full.total_ms
+
+    def weigh(chosen: Chosen) -> float:
+        nonlocal best, best_ms
+        drop = ladders.drop(chosen, may.shape)
+        took_ms = makespan(_load(experts, pairs, drop, model, n_experts), model).total_ms
+        if took_ms < best_ms * (1 - 1e-9):
+            best, best_ms = drop, took_ms
+        return took_ms
+
+    compute_ms = load.compute_ms(model)
+    t_ms = full.total_ms
+    for _ in range(_ROUNDS if model.medium == "pooled" else 1):
+        value = model.row_air_ms
+        if model.medium == "pooled":
+            value = value / np.maximum(t_ms - 2 * model.way_ms - compute_ms, 1e-6 * t_ms)
+        chosen = ladders.spend(ladders.top(), value, allowance, _STEPS)
+        t_ms = weigh(chosen)
+    # By price alone the air is used as little as the budget allows: no plan can beat that.
+    air_ms = float(
+        (_load(experts, pairs, ladders.drop(chosen, may.shape), model, n_experts).rows * model.row_air_ms).sum()
+    )
+    if (t_ms > _NEAR * air_ms) if model.medium == "shared" else ladders.may_empty:
+        for share in _SHARES:
+            base = ladders.bring_down(share * allowance, _STEPS)
+            weigh(ladders.spend(base, value, allowance, _STEPS))
+    return best, best_ms
+
+
+def _load(experts: Ints, pairs: Pairs, drop: Bools, model: LatencyModel, n_experts: int) -> Load:
+    keep = pairs.keep_without(drop)
+    calls = np.bincount((pairs.device * n_experts + experts)[keep])
+    made = np.flatnonzero(calls)
+    rows = np.bincount(pairs.device[pairs.lead & ~drop], minlength=model.n_devices)
+    return Load(rows, made // n_experts, calls[made])
+
+
+def _one_token(
+    routing: Routing,
+    device: list[int],
+    importance: list[float],
+    allowance: float,
+    model: LatencyModel,
+    policy: Bottleneck,
+) -> Plan:
+    """Try all ways to leave out some of a token's least important pairs, in plain Python: the same, but sooner."""
+    slots: dict[int, list[int]] = {}
+    for slot, who in enumerate(device):
+        slots.setdefault(who, []).append(slot)
+    value = {who: sum(importance[slot] for slot in mine) for who, mine in slots.items()}
+    protected = device[0] if policy.protect else None
+    on_offer = sorted((who for who in slots if who != protected and value[who] <= allowance), key=lambda w: value[w])
+    keep = np.ones(routing.experts.shape, np.bool_)
+    if not on_offer or len(slots) == 1:
+        return Plan(keep, routing.weights)
+    asked = {who: _asked(who, len(mine), model) for who, mine in slots.items()}
+    best: tuple[int, ...] = ()
+    best_ms = few_ms(list(asked.values()), model.medium)
+    for n in range(1, min(_FEW, len(on_offer)) + 1):
+        for out in combinations(on_offer[:_FEW], n):
+            if n == len(slots) or sum(value[who] for who in out) > allowance:
+                continue
+            took_ms = few_ms([one for who, one in asked.items() if who not in out], model.medium)
+            if took_ms < best_ms * (1 - 1e-9):
+                best, best_ms = out, took_ms
+    for who in best:
+        keep[0, slots[who]] = False
+    return Plan(keep, kept_weights(routing, keep, policy.renormalise) if best else routing.weights)
+
+
+def _asked(who: int, calls: int, model: LatencyModel) -> tuple[float, float, float, float]:
+    """Return what one row with some expert calls of one token takes; see `few_ms`."""
+    call_ms = float(model.tables[model.table[who], 1] * model.slowness[who])
+    compute_ms = calls * call_ms + float(model.staging_ms[who])
+    return float(model.down_ms[who]), float(model.way_ms[who]), compute_ms, float(model.up_ms[who])

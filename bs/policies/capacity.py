@@ -1,0 +1,114 @@
+"""`capacity`: a cap on the rows of each device, in proportion to its speed (after Capacity-Aware Inference, 2503.05066)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from wdmoe.bs.policies.options import Context, Latencies, Options, require
+from wdmoe.bs.policies.pairs import (
+    Pairs,
+    droppable,
+    make_pairs,
+    plan_without,
+    slot_importance,
+    spare_last,
+    within_budget,
+)
+from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing
+
+OVERFLOW = ("drop", "next")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capacity(Options):
+    """Cap each device's rows at `factor` times its share of all rows by speed.
+
+    Excess goes least important first: it is left out, or with overflow=next the token is offered to its next expert.
+    """
+
+    factor: float = 1.2
+    overflow: str = "drop"
+
+    def __post_init__(self) -> None:
+        """Refuse options that mean nothing."""
+        Options.__post_init__(self)
+        require(self, "factor", self.factor > 0, "more than 0")
+        require(self, "overflow", self.overflow in OVERFLOW, f"one of {', '.join(OVERFLOW)}")
+
+
+def select_capacity(routing: Routing, owner: Ints, row_ms: Latencies, policy: Capacity, context: Context) -> Plan:
+    """Take from every device what exceeds its cap.
+
+    The cap is ceil(factor x rows x speed / sum of speeds) with speed = 1 / row_ms: speeds at the present load, so that
+    fixed costs count as if they were spread over the rows. A token's last pair stays, whatever the cap.
+    """
+    importance = slot_importance(routing, policy, context)
+    pairs = make_pairs(owner[routing.experts], importance)
+    rows = np.bincount(pairs.device[pairs.lead], minlength=len(row_ms))
+    speed = 1 / row_ms
+    # The rounding keeps a share that is whole from being raised by one.
+    cap = np.ceil(np.round(policy.factor * rows.sum() * speed / speed.sum(), 9)).astype(np.int64)
+    drop = _excess(pairs, droppable(pairs, policy.protect), rows - cap)
+    drop = spare_last(pairs, drop)
+    drop = within_budget(drop, pairs.importance, policy.allowance(importance, context.block))
+    if policy.overflow == "drop" or not drop.any():
+        return plan_without(routing, pairs, drop, policy)
+    return _offer(routing, pairs, drop, owner, cap - rows, policy, context)
+
+
+def _excess(pairs: Pairs, may: Bools, too_many: Ints) -> Bools:
+    """Choose the least important pairs of each device that has too many."""
+    at = np.flatnonzero(may & (too_many > 0)[pairs.device])
+    at = at[np.argsort(pairs.importance.ravel()[at], kind="stable")]
+    device = pairs.device.ravel()[at]
+    by_device = np.argsort(device.astype(np.int32), kind="stable")
+    at, device = at[by_device], device[by_device]
+    rank = np.arange(len(at)) - np.searchsorted(device, device)  # among those of its device
+    drop = np.zeros(may.size, np.bool_)
+    drop[at[rank < too_many[device]]] = True
+    return drop.reshape(may.shape)
+
+
+def _offer(
+    routing: Routing, pairs: Pairs, drop: Bools, owner: Ints, room: Ints, policy: Capacity, context: Context
+) -> Plan:
+    """Ask, for each pair left out, the token's best expert outside its top-k, if that expert's device has room.
+
+    One expert stands in for the whole pair, with its own router probability in place of the weight.
+
+    Raises:
+        ValueError: the router's probabilities are not known.
+    """
+    if context.probabilities is None:
+        raise ValueError(f"{policy.describe()}: needs the router's probabilities over all experts")
+    tokens, slots = np.nonzero(drop)
+    others = context.probabilities[tokens].copy()
+    np.put_along_axis(others, routing.experts[tokens], -1.0, axis=1)
+    # A token that loses several pairs offers them to its first, second, ... next expert.
+    nth = np.arange(len(tokens)) - np.searchsorted(tokens, tokens)
+    ranked = np.argsort(-others, axis=1, kind="stable")
+    n_others = others.shape[1] - routing.experts.shape[1]
+    stand_in = ranked[np.arange(len(tokens)), np.minimum(nth, max(0, n_others - 1))]
+    at_hand = nth < n_others
+    # First come, first served, the most probable first; a device that is over its cap has no room at all.
+    probability: Floats = context.probabilities[tokens, stand_in]
+    order = np.argsort(-probability, kind="stable")
+    order = order[at_hand[order]]
+    by_device = order[np.argsort(owner[stand_in[order]], kind="stable")]
+    device = owner[stand_in[by_device]]
+    accepted = by_device[np.arange(len(device)) - np.searchsorted(device, device) < room[device]]
+
+    keep = pairs.keep_without(drop)
+    experts, weights = routing.experts.copy(), np.where(keep, routing.weights, np.float32(0))
+    # Weights may have been scaled to sum to one: by the same factor, so that the stand-in's fits them.
+    scale = routing.weights[:, 0] / context.probabilities[np.arange(len(experts)), routing.experts[:, 0]]
+    experts[tokens[accepted], slots[accepted]] = stand_in[accepted]
+    weights[tokens[accepted], slots[accepted]] = probability[accepted] * scale[tokens[accepted]]
+    keep[tokens[accepted], slots[accepted]] = True
+    if policy.renormalise:
+        left = weights.sum(axis=1, keepdims=True)
+        left[left == 0] = 1
+        weights *= routing.weights.sum(axis=1, keepdims=True) / left
+    return Plan(keep, weights.astype(np.float32), experts=experts)

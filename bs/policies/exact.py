@@ -1,0 +1,49 @@
+"""Policies that change nothing of what the model computes: `exact`, and `round-robin` over replicas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from wdmoe.bs.policies.options import Context
+from wdmoe.bs.routing import Ints, Plan, Routing
+
+
+@dataclass(frozen=True, slots=True)
+class Exact:
+    """The model's own top-k: the control."""
+
+    def describe(self) -> str:
+        """Name the policy."""
+        return "exact"
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRobin:
+    """The model's own top-k; the rows of each expert are dealt in turn to all devices that hold it."""
+
+    def describe(self) -> str:
+        """Name the policy."""
+        return "round-robin"
+
+
+def select_exact(routing: Routing) -> Plan:
+    """Keep everything."""
+    return Plan(np.ones(routing.experts.shape, np.bool_), routing.weights)
+
+
+def select_round_robin(routing: Routing, context: Context) -> Plan:
+    """Deal the rows of an expert to its holders; the block number decides who begins.
+
+    With several experts on a device a token may need more rows than under `exact`: the deal does not look at that.
+    """
+    plan = select_exact(routing)
+    if context.holders is None or int(context.holders.sum(axis=1).max()) < 2:
+        return plan
+    devices = np.empty(routing.experts.shape, np.int64)
+    for expert in np.unique(routing.experts):
+        at = np.flatnonzero(routing.experts == expert)
+        holders: Ints = np.flatnonzero(context.holders[expert])
+        devices.ravel()[at] = holders[(np.arange(len(at)) + context.block) % len(holders)]
+    return Plan(plan.keep, plan.weights, devices=devices)

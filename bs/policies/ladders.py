@@ -1,0 +1,281 @@
+"""Ladders: for each device the pairs it may lose, in order, with what each rung costs and what it gains.
+
+All ladders lie end to end in flat arrays, so that nothing loops over devices. The first ladder of a device goes least
+important first. Emptying an expert saves the reading of its weights, so further ladders begin with all pairs of some
+of the device's experts: as many as can be afforded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+import numpy.typing as npt
+
+from wdmoe.bs.airtime import LatencyModel, Load, Times
+from wdmoe.bs.policies.pairs import Pairs
+from wdmoe.bs.routing import Bools, Ints
+
+_ALL_SUBSETS = 3  # experts that a device may be rid of in all combinations; of more, only in the order of their cost
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """How far to go down on which ladder of each device."""
+
+    ladder: Ints  # [D], one for each loaded device
+    rungs: Ints  # [D]
+
+
+@dataclass(frozen=True, slots=True)
+class Ladders:
+    """All ladders of one block; [N] are their rungs end to end, from rung 0 to one beyond the last."""
+
+    device: Ints  # [L], of each ladder; ladders of a device stand together
+    first: Ints  # [D], the first ladder of each loaded device
+    start: Ints  # [L + 1], where each ladder begins in [N]
+    lead: Ints  # [N], which pair (flat index of its lead) goes with the step from this rung to the next
+    spent: Times  # [N], importance left out at this rung; infinite beyond the last
+    alone_ms: Times  # [N], what the device takes by itself at this rung; -1 beyond the last
+    step_importance: Times  # [N], of the next pair; 0 while experts are emptied, infinite at the last rung
+
+    def bring_down(self, allowance: float, steps: int) -> Chosen:
+        """Find the least time to which all devices can be brought for an allowance."""
+        top_ms = float(self.alone_ms[self.start[self.first]].max())
+        descending = _Search(self.start, top_ms - self.alone_ms, top_ms + 2)
+        low_ms, high_ms = 0.0, top_ms
+        for _ in range(steps):
+            t_ms = (low_ms + high_ms) / 2
+            spent = self.spent[descending.below(top_ms - t_ms)]
+            if np.minimum.reduceat(spent, self.first).sum() <= allowance:
+                high_ms = t_ms
+            else:
+                low_ms = t_ms
+            if high_ms - low_ms <= 1e-9 * high_ms:
+                break
+        at = descending.below(top_ms - high_ms)
+        spent = self.spent[at]
+        cheapest = np.minimum.reduceat(spent, self.first)
+        group = np.repeat(np.arange(len(self.first)), np.diff(np.append(self.first, len(self.device))))
+        candidates = np.flatnonzero(spent == cheapest[group])
+        ladder = candidates[np.searchsorted(group[candidates], np.arange(len(self.first)))]
+        return Chosen(ladder, (at - self.start[:-1])[ladder])
+
+    def spend(self, base: Chosen, value: Times, allowance: float, steps: int) -> Chosen:
+        """Go further down, at the same price everywhere, until an allowance is spent.
+
+        Args:
+            base: where to begin.
+            value: [K], worth of a row that goes, by device.
+            allowance: for all importance that is left out, that of `base` included.
+            steps: of the bisection.
+        """
+        worth = value[self.device[base.ladder]]
+        sizes = self.start[base.ladder + 1] - self.start[base.ladder] - 2
+        finite = self.step_importance[np.isfinite(self.step_importance)]
+        most = float(finite.max(initial=0.0)) * (1 + 1e-9) + 1e-300
+        search = _Search(self.start, np.minimum(self.step_importance, 2 * most), 3 * most)
+
+        def rungs_at(price: float) -> Ints:
+            at = search.below(np.minimum(price * worth, most), base.ladder) - self.start[base.ladder]
+            rungs: Ints = np.minimum(sizes, np.maximum(base.rungs, at))
+            return rungs
+
+        def spent_at(rungs: Ints) -> float:
+            return float(self.spent[self.start[base.ladder] + rungs].sum())
+
+        low, high = 0.0, most / max(float(worth.min()), 1e-12 * float(worth.max()))
+        rungs, too_far = base.rungs, sizes
+        for _ in range(steps):
+            if int((too_far - rungs).sum()) <= len(rungs):
+                break  # single pairs are left, which `_fill` looks at
+            price = (low + high) / 2
+            further = rungs_at(price)
+            if spent_at(further) <= allowance:
+                low, rungs = price, further
+            else:
+                high, too_far = price, further
+        return Chosen(base.ladder, self._fill(base.ladder, rungs, worth, allowance - spent_at(rungs)))
+
+    def slowest_ms(self, chosen: Chosen) -> float:
+        """Return what the slowest device takes by itself."""
+        return float(self.alone_ms[self.start[chosen.ladder] + chosen.rungs].max())
+
+    def drop(self, chosen: Chosen, shape: tuple[int, ...]) -> Bools:
+        """Return the pairs that are left out, at their leads."""
+        drop = np.zeros(shape[0] * shape[1], np.bool_)
+        begin = self.start[chosen.ladder]
+        length = chosen.rungs
+        offset = np.repeat(begin - np.cumsum(length) + length, length)
+        drop[self.lead[offset + np.arange(int(length.sum()))]] = True
+        return drop.reshape(shape)
+
+    @property
+    def may_empty(self) -> bool:
+        """Whether some device may be rid of an expert before others."""
+        return len(self.device) > len(self.first)
+
+    def top(self) -> Chosen:
+        """Leave out nothing."""
+        return Chosen(self.first, np.zeros(len(self.first), np.int64))
+
+    def _fill(self, ladder: Ints, rungs: Ints, worth: Times, left: float) -> Ints:
+        """Use what is left of an allowance for single pairs, the one of the best price first."""
+        rungs = rungs.copy()
+        for _ in range(len(ladder)):
+            at = self.start[ladder] + rungs
+            cost = self.spent[at + 1] - self.spent[at]
+            price = np.where(cost <= left, cost / worth, np.inf)
+            best = int(price.argmin())
+            if not np.isfinite(price[best]):
+                break
+            left -= float(cost[best])
+            rungs[best] += 1
+        return rungs
+
+
+def make_ladders(
+    experts: Ints, pairs: Pairs, may: Bools, load: Load, model: LatencyModel, allowance: float
+) -> Ladders | None:
+    """Build the ladders of a block, or none if nobody may lose anything.
+
+    Args:
+        experts: [tokens, k].
+        pairs: of the block.
+        may: [tokens, k], leads that may be left out.
+        load: with nothing left out.
+        model: of the devices.
+        allowance: emptying experts for more than this is not looked at.
+    """
+    at = np.flatnonzero(may)
+    if len(at) == 0:
+        return None
+    importance, device = pairs.importance.ravel(), pairs.device.ravel()
+    at = at[np.argsort(importance[at], kind="stable")]
+    at = at[np.argsort(_small(device[at]), kind="stable")]
+    loaded = np.flatnonzero(load.rows)
+    bounds = np.searchsorted(device[at], np.append(loaded, model.n_devices))
+    n_experts = int(experts.max()) + 1
+    calls = np.bincount((pairs.device * n_experts + experts).ravel())  # what each device is called for
+
+    sequences: list[Ints] = []
+    emptying: list[int] = []  # how many pairs of each ladder empty experts
+    owners: list[int] = []
+    for n, who in enumerate(loaded.tolist()):
+        mine = at[bounds[n] : bounds[n + 1]]
+        for first in [np.empty(0, np.int64), *_emptied(mine, experts, pairs, calls, who, n_experts, allowance)]:
+            rest = mine if len(first) == 0 else mine[~np.isin(mine, first)]
+            sequences.append(np.concatenate((first, rest)) if len(first) else rest)
+            emptying.append(len(first))
+            owners.append(who)
+
+    lengths = np.array([len(sequence) for sequence in sequences])
+    owner = np.array(owners)
+    start = np.concatenate(([0], np.cumsum(lengths + 2)))
+    item = np.concatenate(sequences)
+    ladder = np.repeat(np.arange(len(owner)), lengths)
+    place = np.arange(len(item)) + 2 * ladder  # of the step in [N]
+    cost = importance[item].astype(np.float64)
+    saved_ms = model.row_air_ms[owner[ladder]] + model.staging_ms[owner[ladder]]
+    saved_ms = saved_ms + _call_savings(item, ladder, owner, experts, pairs, calls, n_experts, model)
+
+    n = int(start[-1])
+    lead, step_importance = np.zeros(n, np.int64), np.full(n, np.inf)
+    lead[place], step_importance[place] = item, cost
+    for at_ladder, count in enumerate(emptying):
+        step_importance[start[at_ladder] : start[at_ladder] + count] = 0.0
+    alone_ms = (2 * model.way_ms + load.compute_ms(model) + load.rows * model.row_air_ms)[owner]
+    flat_ms = np.repeat(alone_ms, lengths + 2) - _along(saved_ms, place, start, lengths)
+    spent = _along(cost, place, start, lengths)
+    idle = np.flatnonzero(lengths == load.rows[owner])
+    flat_ms[start[idle] + lengths[idle]] = 0.0
+    flat_ms = np.maximum(flat_ms, 0.0)
+    flat_ms[start[1:] - 1], spent[start[1:] - 1] = -1.0, np.inf
+    return Ladders(owner, np.searchsorted(owner, loaded), start, lead, spent, flat_ms, step_importance)
+
+
+def _emptied(
+    mine: Ints, experts: Ints, pairs: Pairs, calls: Ints, who: int, n_experts: int, allowance: float
+) -> list[Ints]:
+    """Return the pairs, least important first, that go when some experts of a device are emptied; for each choice."""
+    k = experts.shape[1]
+    of_device = calls[who * n_experts : (who + 1) * n_experts]
+    if len(mine) == 0 or int(np.count_nonzero(of_device)) == 1:
+        return []  # to empty the only one is the end of the first ladder
+    token, slot = mine // k, mine % k
+    in_pair = pairs.lead_of[token] == slot[:, None]  # [pairs, k]
+    theirs = experts[token]
+    droppable_calls = np.bincount(theirs[in_pair], minlength=n_experts)
+    full = np.flatnonzero((of_device > 0) & (droppable_calls[: len(of_device)] == of_device))
+    value = pairs.importance.ravel()[mine].astype(np.float64)
+    touches = {int(e): (in_pair & (theirs == e)).any(axis=1) for e in full}
+    cost = {e: float(value[touched].sum()) for e, touched in touches.items()}
+    affordable = sorted((e for e in cost if cost[e] <= allowance), key=lambda e: cost[e])
+    subsets: list[Sequence[int]] = [affordable[:n] for n in range(1, len(affordable) + 1)]
+    if len(affordable) <= _ALL_SUBSETS:
+        subsets = [s for n in range(1, len(affordable) + 1) for s in combinations(affordable, n)]
+    return [mine[np.logical_or.reduce([touches[e] for e in subset])] for subset in subsets]
+
+
+def _call_savings(
+    item: Ints,
+    ladder: Ints,
+    owner: Ints,
+    experts: Ints,
+    pairs: Pairs,
+    calls: Ints,
+    n_experts: int,
+    model: LatencyModel,
+) -> Times:
+    """Return what each step saves of expert calls: those of c tokens become calls of c - 1."""
+    k = experts.shape[1]
+    token, slot = item // k, item % k
+    position, expert = [np.arange(len(item))], [experts.ravel()[item]]
+    for other in range(1, k):  # further experts of the pair
+        more = np.flatnonzero((pairs.lead_of[token, other] == slot) & (slot != other))
+        position.append(more)
+        expert.append(experts[token[more], other])
+    at, which = np.concatenate(position), np.concatenate(expert)
+    if len(at) > len(item):
+        order = np.argsort(at, kind="stable")
+        at, which = at[order], which[order]
+    group = ladder[at] * n_experts + which
+    order = np.argsort(_small(group), kind="stable")
+    ordered = group[order]
+    begins = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
+    rank = np.arange(len(ordered)) - np.repeat(begins, np.diff(np.append(begins, len(ordered))))
+    device = owner[ladder[at[order]]]
+    tokens = calls[device * n_experts + which[order]] - rank
+    saved_ms = model.call_ms(device, tokens) - model.call_ms(device, tokens - 1)
+    return np.bincount(at[order], saved_ms, len(item)).astype(np.float64, copy=False)
+
+
+def _along(steps: Times, place: Ints, start: Ints, lengths: Ints) -> Times:
+    """Sum steps along each ladder: [N], 0 at the top of each; the entry beyond the last rung means nothing."""
+    total = np.zeros(int(start[-1]))
+    total[place + 1] = steps
+    total = np.cumsum(total)
+    result: Times = total - np.repeat(total[start[:-1]], lengths + 2)
+    return result
+
+
+def _small(keys: Ints) -> npt.NDArray[np.integer]:
+    """Return keys in the type that sorts fastest: numpy sorts 16 bits by radix."""
+    return keys.astype(np.int16) if len(keys) and int(keys.max()) < 1 << 15 else keys
+
+
+class _Search:
+    """Counts, in every ladder at once, the rungs before a value, along which values ascend."""
+
+    def __init__(self, start: Ints, values: Times, beyond: float) -> None:
+        """Shift each ladder above the one before; values lie from 0 to less than `beyond`."""
+        self._beyond = beyond
+        self._ladders = np.arange(len(start) - 1)
+        self._flat = values + np.repeat(self._ladders, np.diff(start)) * beyond
+
+    def below(self, value: float | Times, ladders: Ints | None = None) -> Ints:
+        """Return, of each ladder, the index of the first rung whose value is not below."""
+        ladders = self._ladders if ladders is None else ladders
+        return np.searchsorted(self._flat, ladders * self._beyond + value)

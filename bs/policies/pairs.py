@@ -1,0 +1,123 @@
+"""Pairs (token, device), the unit that costs and so the unit that may be left out, and what is left when some are.
+
+A token's row travels once to a device that holds one or more of its experts, and one weighted sum comes back. Arrays
+here are [tokens, k], by the slots of the model's top-k: a pair stands in the slot of its first expert, its lead, so
+that nothing grows with the number of devices. Slot 0 is the token's top expert and always a lead.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from wdmoe.bs.policies.options import Context, Options
+from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The pairs of one block."""
+
+    device: Ints  # [tokens, k], of each slot
+    lead_of: Ints  # [tokens, k], slot of the lead of each slot's pair
+    lead: Bools  # [tokens, k], whether a slot is a lead
+    importance: Floats  # [tokens, k], of the pair at its lead, 0 elsewhere
+
+    def keep_without(self, drop: Bools) -> Bools:
+        """Return [tokens, k] what is kept when the pairs of some leads are left out."""
+        return ~np.take_along_axis(drop, self.lead_of, axis=1)
+
+    def per_token(self) -> Ints:
+        """[tokens], how many pairs each has."""
+        count: Ints = self.lead.sum(axis=1)
+        return count
+
+
+def slot_importance(routing: Routing, options: Options, context: Context) -> Floats:
+    """Return the importance of each expert for each token, [tokens, k].
+
+    Raises:
+        ValueError: norms are asked for and there are none.
+    """
+    if options.importance == "weight":
+        return routing.weights
+    if context.norms is None:
+        raise ValueError(f"{options.describe()}: this bundle has no calibrated norms; take importance=weight")
+    return routing.weights * context.norms[routing.experts]
+
+
+def make_pairs(device: Ints, importance: Floats) -> Pairs:
+    """Group slots by device.
+
+    Args:
+        device: [tokens, k], of each slot.
+        importance: [tokens, k], of each slot.
+    """
+    k = device.shape[1]
+    lead_of = np.zeros(device.shape, np.int64)
+    total = importance.copy()
+    for slot in range(1, k):
+        lead_of[:, slot] = slot
+        for earlier in range(slot - 1, -1, -1):  # the first one found last
+            lead_of[device[:, slot] == device[:, earlier], slot] = earlier
+    lead = lead_of == np.arange(k)
+    for slot in range(1, k):
+        tokens = np.flatnonzero(~lead[:, slot])
+        if len(tokens):
+            total[tokens, lead_of[tokens, slot]] += importance[tokens, slot]
+            total[tokens, slot] = 0
+    return Pairs(device, lead_of, lead, total)
+
+
+def droppable(pairs: Pairs, protect: bool) -> Bools:
+    """Say which leads may be left out alone: of tokens with several pairs, and not the top expert's if protected."""
+    may = pairs.lead & (pairs.per_token() > 1)[:, None]
+    if protect:
+        may[:, 0] = False
+    return may
+
+
+def spare_last(pairs: Pairs, drop: Bools) -> Bools:
+    """Give every token that would lose all its pairs its most important one back."""
+    lost = np.flatnonzero(~(pairs.lead & ~drop).any(axis=1))
+    if len(lost):
+        drop = drop.copy()
+        drop[lost, pairs.importance[lost].argmax(axis=1)] = False
+    return drop
+
+
+def within_budget(drop: Bools, importance: Floats, allowance: float) -> Bools:
+    """Leave out only the least important of what was to be left out, up to an allowance.
+
+    Args:
+        drop: what was to be left out, of any shape.
+        importance: of each, of the same shape.
+        allowance: for the sum of their importance.
+    """
+    if allowance == math.inf:
+        return drop
+    at = np.flatnonzero(drop)
+    of_each = importance.ravel()[at].astype(np.float64)
+    order = np.argsort(of_each, kind="stable")
+    affordable = int(np.searchsorted(np.cumsum(of_each[order]), allowance, side="right"))
+    within = np.zeros(drop.size, np.bool_)
+    within[at[order[:affordable]]] = True
+    return within.reshape(drop.shape)
+
+
+def kept_weights(routing: Routing, keep: Bools, renormalise: bool) -> Floats:
+    """Return what outputs are multiplied with: 0 where not kept, the rest scaled to the sum of all if asked to."""
+    weights = np.where(keep, routing.weights, np.float32(0))
+    if renormalise:
+        left = weights.sum(axis=1, keepdims=True)
+        left[left == 0] = 1  # weights may be too small for float32
+        weights *= routing.weights.sum(axis=1, keepdims=True) / left
+    return weights
+
+
+def plan_without(routing: Routing, pairs: Pairs, drop: Bools, options: Options, stopped: str | None = None) -> Plan:
+    """Make the plan that leaves out the pairs of some leads."""
+    keep = pairs.keep_without(drop)
+    return Plan(keep, kept_weights(routing, keep, options.renormalise), stopped=stopped)

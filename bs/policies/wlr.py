@@ -1,0 +1,76 @@
+"""`wlr`: weight-to-latency ratio, our reconstruction of WDMoE's selection (docs/architecture.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from wdmoe.bs.policies.options import Context, Latencies, Options, require
+from wdmoe.bs.policies.pairs import kept_weights, slot_importance, within_budget
+from wdmoe.bs.routing import Ints, Plan, Routing, pair_weights, pairs_used
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wlr(Options):
+    """Weight-to-latency ratio.
+
+    alpha is the first threshold theta, `step` its increment, gamma the gain in WLR at which it stops.
+    """
+
+    alpha: float = 0.5
+    step: float = 0.05
+    gamma: float = 1.05
+
+    def __post_init__(self) -> None:
+        """Refuse options under which the search would not end or mean nothing."""
+        Options.__post_init__(self)
+        require(self, "alpha", 0 <= self.alpha <= 1, "0 to 1 (a cosine of non-negative vectors)")
+        require(self, "step", 0 < self.step <= 1, "more than 0 and at most 1")
+        require(self, "gamma", self.gamma >= 1, "at least 1")
+
+
+def select_wlr(routing: Routing, owner: Ints, row_ms: Latencies, policy: Wlr, context: Context) -> Plan:
+    """Raise theta until dropping the minor pairs of tokens with S <= theta gains gamma in WLR.
+
+    S is the cosine between a token's weights by device and the devices' latencies: where it is low, the weight
+    sits on fast devices, and the minor pair can go cheaply. Each theta starts again from the model's top-k, so a
+    token loses at most its smallest pair. WLR = sum over devices of (weights of their pairs) / (rows x row_ms).
+    """
+    importance = slot_importance(routing, policy, context)
+    pairs = pair_weights(Routing(routing.experts, importance), owner, len(row_ms))
+    used = pairs_used(routing.experts, np.ones(routing.experts.shape, np.bool_), owner, len(row_ms))
+    length = np.sqrt(np.add.reduce(pairs * pairs, axis=1))  # np.linalg.norm, without what it costs one token
+    similarity = (pairs @ row_ms) / (length * np.sqrt(row_ms.dot(row_ms)))
+    smallest = np.where(used, pairs, np.inf).argmin(axis=1)
+    droppable = used.sum(axis=1) > 1
+    if policy.protect:
+        droppable &= owner[routing.experts[:, 0]] != smallest
+    weight_by_device, rows_by_device = pairs.sum(axis=0), used.sum(axis=0)
+    minor = pairs[np.arange(len(pairs)), smallest]
+
+    start = _wlr(weight_by_device, rows_by_device, row_ms)
+    step, dropped, gained = 0, 0, False  # leaving out nothing gains nothing
+    while True:
+        theta = min(1.0, policy.alpha + step * policy.step)
+        # A cosine can come out a rounding above 1.
+        drop = droppable & ((similarity <= theta) | (theta >= 1.0))
+        before, dropped = dropped, int(np.count_nonzero(drop))
+        if dropped != before:  # else it is the same tokens as at the last theta, and gains no more
+            where = smallest[drop]
+            weight = weight_by_device - np.bincount(where, minor[drop], len(row_ms))
+            rows = rows_by_device - np.bincount(where, minlength=len(row_ms))
+            gained = _wlr(weight, rows, row_ms) > policy.gamma * start
+        if gained or theta >= 1.0:
+            break
+        step += 1
+    drop = within_budget(drop, minor, policy.allowance(importance, context.block))
+    keep = ~(drop[:, None] & (owner[routing.experts] == smallest[:, None]))
+    stopped = "gain reached" if gained else "theta at its end"
+    return Plan(keep, kept_weights(routing, keep, policy.renormalise), theta, stopped)
+
+
+def _wlr(weight: npt.NDArray[np.floating], rows: Ints, row_ms: Latencies) -> float:
+    busy = rows > 0
+    return float((weight[busy] / (rows[busy] * row_ms[busy])).sum())
