@@ -175,6 +175,11 @@ def _carve_blocks(
         del weights
         add_feed_forward(hidden.reshape(-1, hidden.shape[-1]), norm, eps, dense)
         del dense
+        if not np.isfinite(hidden).all():
+            raise CheckpointError(
+                f"{model.checkpoint.folder}: what comes out of block {block} is not finite; its weights are damaged, "
+                "download the checkpoint again"
+            )
         report = BlockReport(entry.sha256, entry.size_bytes, *errors)
         state.add(report, hidden)
         on_block(block, report)

@@ -54,6 +54,7 @@ def test_carving_says_what_it_made(inputs: list[str], tmp_path: Path) -> None:
     assert code == 0
     assert "24 shared neurons, 4 experts of 6, 2 a token: 75% of the neurons at work" in out
     assert "block 2 of 2: error on held-out text" in err
+    assert "experts of 6 neurons" in err and "a multiple of 8" in err
     code, out, _ = _run(*inputs, "--experts", 4, "--out", tmp_path / "moe")
     assert (code, "already there, nothing to do" in out) == (0, True)
 
