@@ -129,14 +129,14 @@ def carve_checkpoint(
     Raises:
         CheckpointError: something else is at the place of the result, or there is no room for it.
     """
-    out, recipe, model = plan.config.out, plan.recipe, plan.model
+    out, recipe, model = plan.config.out.absolute(), plan.recipe, plan.model  # absolute: `.` has no name
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         record = read_record(out) if out.is_dir() else None
         if record is None or record.get("recipe") != recipe:
             raise CheckpointError(f"{out}: already there and not this carving; choose another --out or remove it")
         return Carved(out, True, tuple(BlockReport(**block) for block in record["blocks"]))
     partial = out.with_name(out.name + ".partial")
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
     with CarveState(partial, recipe) as state:
         check_room(partial, model, len(state.blocks), 2 * 4 * plan.windows.token_ids.size * model.layout.spec.d_model)
         for number, report in enumerate(state.blocks):
@@ -148,7 +148,7 @@ def carve_checkpoint(
             out.rmdir()  # empty, see above
         bring_to_disk(partial)
         partial.rename(out)
-        bring_to_disk(out.absolute().parent)
+        bring_to_disk(out.parent)
     return Carved(out, False, tuple(state.blocks))
 
 
@@ -175,6 +175,11 @@ def _carve_blocks(
         del weights
         add_feed_forward(hidden.reshape(-1, hidden.shape[-1]), norm, eps, dense)
         del dense
+        if not np.isfinite(hidden).all():
+            raise CheckpointError(
+                f"{model.checkpoint.folder}: what comes out of block {block} is not finite; its weights are damaged, "
+                "download the checkpoint again"
+            )
         report = BlockReport(entry.sha256, entry.size_bytes, *errors)
         state.add(report, hidden)
         on_block(block, report)

@@ -77,6 +77,7 @@ def carve(
         config = CarveConfig(out, files, experts, top_k, shared, distil, tokens, window, seed)
         with usage_errors():
             plan = plan_carving(model, config)
+        _tell_of_width(plan)
         with _progress(plan) as (on_phase, on_block):
             made = carve_checkpoint(plan, on_phase, on_block)
     if as_json:
@@ -106,6 +107,17 @@ def _sentence(plan: CarvePlan, made: Carved) -> str:
         f"{shape.experts_per_token} a token: {plan.active_share:.0%} of the neurons at work. Error of a block's output "
         f"on held-out text {cut:.3f} as cut, {error:.3f} as written"
     )
+
+
+def _tell_of_width(plan: CarvePlan) -> None:
+    from wdmoe.export.dense import WIDTH_STEP
+
+    if plan.model.shape.expert_neurons % WIDTH_STEP:
+        click.echo(
+            f"experts of {plan.model.shape.expert_neurons} neurons: wdmoe runs them, and transformers with "
+            f"experts_implementation='eager'; its usual kernel wants a multiple of {WIDTH_STEP}",
+            err=True,
+        )
 
 
 def _mean(values: list[float]) -> float:

@@ -29,6 +29,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _SHARED_DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "hidden_act": "silu"}
 _ROPE_THETA = 10_000.0
+# Neurons of an expert should divide by this: torch's grouped product of 16-bit matrices takes no others, and it is what
+# transformers runs experts with unless told otherwise.
+WIDTH_STEP = 8
 _DROPPED = ("auto_map", "pretraining_tp", "attention_bias", "mlp_bias")  # of the dense family alone, and idle
 
 
@@ -79,7 +82,7 @@ def dense_model(checkpoint: Checkpoint, *, experts: int = 8, top_k: int = 2, sha
         checkpoint: of the dense model.
         experts: routed experts of a block.
         top_k: experts of a token.
-        shared: neurons of the shared expert; None: half of the block's, and what does not divide among the experts.
+        shared: neurons of the shared expert; None: half of the block's, or as few more as make experts of a good width.
 
     Raises:
         CheckpointError: it cannot be carved; names the field or tensor, and what to do.
@@ -115,7 +118,8 @@ def carve_shape(neurons: int, experts: int, top_k: int, shared: int | None) -> C
     if experts + 1 > neurons:
         raise ValueError(f"--experts {experts}: a block has {neurons} neurons, and the shared expert needs one")
     if shared is None:
-        shared = neurons - (neurons - max(1, neurons // 2)) // experts * experts
+        width = max(1, (neurons - neurons // 2) // experts)
+        shared = neurons - (width - width % WIDTH_STEP if width > WIDTH_STEP else width) * experts
     routed = neurons - shared
     if shared < 1 or routed < experts or routed % experts:
         fewer = neurons - max(1, min(-(-routed // experts), (neurons - 1) // experts)) * experts

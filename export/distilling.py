@@ -12,8 +12,9 @@ import numpy as np
 from wdmoe.export.carve import BlockPlan, CarveShape, FfnWeights, FloatArray
 from wdmoe.export.dense_forward import pieces_of
 
-# Ridge, times the mean of A^T A's diagonal. SmolLM2-135M, 512 shared and 8 experts, top-4: on 14 k tokens 0.1 gave the
-# smaller error on held-out rows than 0.01 in all blocks that were compared.
+# Ridge, times the mean of A^T A's diagonal. SmolLM2-135M, 768 shared neurons, 8 experts, top-4, fitted on 14 k tokens: in
+# the six blocks compared, 0.1 left a smaller error on held-out rows than 0.01 (block 10: 0.311 and 0.319, as cut 0.346).
+# One scale for each neuron in place of whole columns, by the same least squares: 0.343.
 _RIDGE = 0.1
 _TINY = 1e-12
 

@@ -252,6 +252,17 @@ def test_what_is_already_there_is_kept(tmp_path: Path) -> None:
     assert content(tmp_path / "moe") == before
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    dense = tiny_dense.tiny_dense(tmp_path / "dense", "llama")
+    span = open_checkpoint(dense).span("model.layers.1.mlp.up_proj.weight")
+    with (dense / "model.safetensors").open("r+b") as file:
+        file.seek(span.offset_bytes)
+        file.write(np.float32(np.nan).tobytes())
+    with pytest.raises(CheckpointError, match="out of block 1 is not finite"):
+        carve(dense, tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+
+
 def test_too_little_room_is_told_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = tiny_dense.tiny_dense(tmp_path / "dense", "llama")
     monkeypatch.setattr("shutil.disk_usage", lambda _path: type("Usage", (), {"free": 1000}))
@@ -316,3 +327,4 @@ def test_half_of_the_neurons_are_shared_if_nothing_else_is_said() -> None:
     assert carve_shape(1536, 8, 2, None) == CarveShape(768, 8, 96, 2)
     assert carve_shape(50, 4, 2, None) == CarveShape(26, 4, 6, 2)
     assert carve_shape(11008, 8, 2, None) == CarveShape(5504, 8, 688, 2)
+    assert carve_shape(9000, 60, 4, None) == CarveShape(4680, 60, 72, 4)  # 75 would not be a multiple of 8

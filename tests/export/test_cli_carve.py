@@ -14,7 +14,9 @@ import pytest
 import tiny_dense
 from click.testing import CliRunner
 
+from wdmoe.export.carving import CarveConfig
 from wdmoe.export.cli import main
+from wdmoe.export.cli_carve import carve
 
 _PEAK = """
 import re, sys
@@ -54,6 +56,7 @@ def test_carving_says_what_it_made(inputs: list[str], tmp_path: Path) -> None:
     assert code == 0
     assert "24 shared neurons, 4 experts of 6, 2 a token: 75% of the neurons at work" in out
     assert "block 2 of 2: error on held-out text" in err
+    assert "experts of 6 neurons" in err and "a multiple of 8" in err
     code, out, _ = _run(*inputs, "--experts", 4, "--out", tmp_path / "moe")
     assert (code, "already there, nothing to do" in out) == (0, True)
 
@@ -83,6 +86,22 @@ def test_help_gives_defaults_and_an_example() -> None:
     assert code == 0
     for words in ("[default: 8;", "[default: layer]", "half of a block's", "wdmoe-export carve --model ~/Llama-3.2-1B"):
         assert words in " ".join(out.split())
+
+
+def test_the_command_and_the_library_have_the_same_defaults() -> None:
+    given = {option.name: option.default for option in carve.params}
+    config = CarveConfig(Path("out"), ())
+    for name in ("experts", "top_k", "distil", "tokens", "window", "seed"):
+        assert given[name] == getattr(config, name), name
+
+
+def test_the_folder_that_one_stands_in_can_be_the_result(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert _run(*inputs, "--experts", 4, "--out", ".")[0] == 0
+    assert (tmp_path / "here" / "config.json").is_file()
 
 
 @pytest.mark.slow
