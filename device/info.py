@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import platform
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from wdmoe.device.machine import Machine, hardware_name
@@ -48,13 +50,14 @@ class Library:
 
 
 def describe_machine(
-    machine: Machine, load: Callable[[str], Any] = importlib.import_module
+    machine: Machine, load: Callable[[str], Any] = importlib.import_module, prefix: Path = Path(sys.prefix)
 ) -> tuple[dict[str, Any], list[Library]]:
     """Look at a machine.
 
     Args:
         machine: which.
         load: imports a library by name.
+        prefix: of the Python environment.
 
     Returns:
         What was found, as plain JSON values; and the libraries that engines need.
@@ -70,6 +73,7 @@ def describe_machine(
         "l4t": machine.l4t,
         "jetpack": machine.jetpack,
         "python": platform.python_version(),
+        "system_packages": _sees_system_packages(prefix / "pyvenv.cfg"),
         "power_mode": state.power_mode,
         "jetson_clocks": state.jetson_clocks,
         "clocks_mhz": state.clocks_mhz,
@@ -82,15 +86,36 @@ def describe_machine(
 
 
 def advice(found: dict[str, Any]) -> list[str]:
-    """Say what would make a Jetson faster, or its timings steadier."""
-    if found["jetpack"] is None:
+    """Say what would make a Jetson work, go faster, or give steadier timings."""
+    if found["l4t"] is None:
         return []
     lines: list[str] = []
-    if found["power_mode"] is not None and not found["power_mode"].startswith("MAXN"):
+    if found["jetpack"] not in ("6", "7"):
+        lines.append(
+            f"L4T {found['l4t']} is not of JetPack 6 or 7, the ones that wdmoe is made for: install one of them"
+        )
+    if not found["system_packages"]:
+        lines.append(
+            "this Python environment does not see what apt installs, TensorRT for one: make it anew with "
+            "`python3 -m venv --system-site-packages`"
+        )
+    if found["power_mode"] is None:
+        lines.append("power mode unknown: `sudo nvpmodel -q` asks for it, `-m N` chooses one")
+    elif not found["power_mode"].startswith("MAXN"):
         lines.append(f"power mode {found['power_mode']}: `sudo nvpmodel -q` lists faster ones, `-m N` chooses")
     if found["jetson_clocks"] is False:
         lines.append("clocks follow the load: `sudo jetson_clocks` holds them at their top")
     return lines
+
+
+def _sees_system_packages(config: Path) -> bool:
+    """Say whether this Python sees packages of the system: every one does but that of a venv which is kept apart."""
+    try:
+        lines = config.read_text().splitlines()
+    except OSError:  # no venv
+        return True
+    settings = dict(line.replace(" ", "").lower().partition("=")[::2] for line in lines)
+    return settings.get("include-system-site-packages") != "false"
 
 
 def _library(name: str, purpose: str, install: dict[str, str], machine: Machine, load: Callable[[str], Any]) -> Library:

@@ -100,7 +100,8 @@ def load_numpy_alone(name: str) -> Any:
 def test_what_is_missing_comes_with_how_to_install_it_on_this_jetpack(
     tmp_path: Path, release: str, jetpack: str, words: str
 ) -> None:
-    found, libraries = describe_machine(machine(tmp_path, nv_tegra_release=f"# {release}, GCID: 1"), load_numpy_alone)
+    jetson = machine(tmp_path, nv_tegra_release=f"# {release}, GCID: 1")
+    found, libraries = describe_machine(jetson, load_numpy_alone, tmp_path)
     assert found["jetpack"] == jetpack and found["power_mode"] == "MODE_30W"
     assert [library.version for library in libraries] == ["2.0", None, None]
     assert "libnvinfer" in libraries[2].problem
@@ -108,6 +109,19 @@ def test_what_is_missing_comes_with_how_to_install_it_on_this_jetpack(
     assert len(told) == 2 and all(f"JetPack {jetpack}" in line for line in told) and words in " ".join(told)
     lines = advice(found)
     assert "power mode MODE_30W" in lines[0] and "sudo jetson_clocks" in lines[1]
+
+
+def test_a_jetpack_that_is_too_old_and_a_venv_kept_apart_come_with_advice(tmp_path: Path) -> None:
+    old = machine(tmp_path, nv_tegra_release="# R35 (release), REVISION: 4.1, GCID: 1", status="")
+    (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
+    found, libraries = describe_machine(old, load_numpy_alone, tmp_path)
+    assert found["jetpack"] == "5" and not found["system_packages"]
+    lines = advice(found)
+    assert "L4T 35.4.1 is not of JetPack 6 or 7" in lines[0]
+    assert "--system-site-packages" in lines[1] and "power mode unknown" in lines[2]
+    assert {"JetPack 6", "JetPack 7"} <= {line[:9] for line in libraries[2].install}
+    (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = true\n")
+    assert describe_machine(old, load_numpy_alone, tmp_path)[0]["system_packages"]
 
 
 def test_off_a_jetson_both_jetpacks_are_told_and_no_advice_is_given(tmp_path: Path) -> None:
