@@ -95,8 +95,8 @@ def _check_one(
         verdicts.forget(identity)
     else:
         verdicts.remember(identity, f"self-check failed ({found})")
-    verdict = "right" if found.passed else "wrong"
-    return Outcome(folder.name, name, engine.version, experts, found.max_error, found.tolerance, verdict)
+    verdict, where = ("right", "") if found.passed else ("wrong", f"{found.worst} is off the most")
+    return Outcome(folder.name, name, engine.version, experts, found.max_error, found.tolerance, verdict, where)
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:

@@ -32,6 +32,7 @@ class Check:
     experts: int
     max_error: float  # relative to the largest golden value
     tolerance: float
+    worst: str = ""  # the expert that is off the most
 
     @property
     def passed(self) -> bool:
@@ -39,7 +40,8 @@ class Check:
         return self.max_error <= self.tolerance
 
     def __str__(self) -> str:
-        return f"{self.experts} experts, largest error {self.max_error:.1e}, allowed {self.tolerance:.0e}"
+        where = "" if self.passed or not self.worst else f" at {self.worst}"
+        return f"{self.experts} experts, largest error {self.max_error:.1e}{where}, allowed {self.tolerance:.0e}"
 
 
 def self_check(engine: ExpertEngine, folder: Path, manifest: DeviceManifest) -> Check:
@@ -49,7 +51,7 @@ def self_check(engine: ExpertEngine, folder: Path, manifest: DeviceManifest) -> 
         BundleError: the golden file lacks an expert or has another shape.
     """
     golden = map_tensors(folder / manifest.golden)
-    worst = 0.0
+    worst, where = 0.0, ""
     for entry in manifest.experts:
         try:
             rows = golden[f"input.block_{entry.block:02d}"]
@@ -60,8 +62,10 @@ def self_check(engine: ExpertEngine, folder: Path, manifest: DeviceManifest) -> 
             raise BundleError(f"{folder / manifest.golden}: expert {entry.expert} of block {entry.block} is misshapen")
         got = engine.run(entry.block, entry.expert, np.array(rows, np.float32))
         error_here = float(np.abs(got - expected).max() / max(float(np.abs(expected).max()), 1e-30))
-        worst = max(worst, error_here if np.isfinite(error_here) else float("inf"))
-    return Check(engine.name, len(manifest.experts), worst, engine.tolerance)
+        error_here = error_here if np.isfinite(error_here) else float("inf")
+        if error_here > worst:
+            worst, where = error_here, f"expert {entry.expert} of block {entry.block}"
+    return Check(engine.name, len(manifest.experts), worst, engine.tolerance, where)
 
 
 def choose_engine(

@@ -76,6 +76,18 @@ class TensorrtEngine:
         """
         world = cls.open_world()
         store, network = PlanStore(world, folder), stored_network(folder, experts)
+        with store.lock(say):
+            cls._prepare(world, store, network, experts, say)
+
+    @classmethod
+    def _prepare(
+        cls,
+        world: World,
+        store: PlanStore,
+        network: ExpertNetwork,
+        experts: Sequence[ExpertEntry],
+        say: Callable[[str], None],
+    ) -> None:
         if network.precision == "int8":
             reason = _no_int8(world) or cls._try_int8(store, experts, say)
             if not reason:
@@ -270,7 +282,7 @@ class _Context:
     """One execution context; remembers its profile, for a change costs a call."""
 
     def __init__(self, trt: Any, engine: Any, scratch: int, scratch_bytes: int) -> None:
-        self._logger = shared_logger(trt)
+        self._engine, self._logger = engine, shared_logger(trt)
         self._context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._context is None:
             raise EngineError("engine tensorrt: no execution context; out of memory?")

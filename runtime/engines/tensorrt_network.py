@@ -195,6 +195,12 @@ def shared_logger(trt: Any) -> Any:
     return Logger()
 
 
+@cache
+def shared_runtime(trt: Any) -> Any:
+    """Make what reads plans; it must outlive every engine that came of it."""
+    return trt.Runtime(shared_logger(trt))
+
+
 def takes_int8_inputs(trt: Any) -> bool:
     """Say whether int8 weights and their scales may be inputs: from TensorRT 10.13 on, and in TensorRT-RTX."""
     if trt.__name__.startswith("tensorrt_rtx"):

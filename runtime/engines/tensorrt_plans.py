@@ -6,10 +6,12 @@ library that have the same key; a file that is not is refused by name and built 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from wdmoe.runtime.engines.tensorrt_network import (
     references,
     reserve_bytes,
     shared_logger,
+    shared_runtime,
 )
 from wdmoe.runtime.engines.tensorrt_weights import int4_constants
 from wdmoe.runtime.errors import EngineError
@@ -36,6 +39,7 @@ from wdmoe.runtime.memory import forget_pages
 FOLDER = "engines"
 _FORMAT = "wdmoe-plan 1"
 _HEADER_LIMIT_BYTES = 65_536
+_LOCK_WAIT_S, _LOCK_POLL_S = 7200.0, 0.2  # another process may build a hundred plans
 _MEMORY_STEP_BYTES = 256 << 20  # two boards of a kind differ by what their firmware takes
 
 Key = Mapping[str, Any]  # plain JSON values
@@ -106,6 +110,38 @@ class PlanStore:
 
     world: World
     folder: Path  # of the slice
+
+    @contextmanager
+    def lock(self, say: Say) -> Iterator[None]:
+        """Let one process at a time build here: a replica is a second process with the same folder.
+
+        Raises:
+            EngineError: another process did not finish in time.
+        """
+        path = self._path(".lock")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            file = path.open("a")
+        except OSError:  # where nothing can be written nobody builds; what is missing is then an error of its own
+            yield
+            return
+        with file:
+            deadline_s = time.monotonic() + _LOCK_WAIT_S
+            waited = False
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() > deadline_s:
+                        raise EngineError(
+                            f"engine tensorrt: another process has held {path} for {_LOCK_WAIT_S / 3600:.0f} hours"
+                        ) from error
+                if not waited:
+                    say(f"engine tensorrt: another process builds in {path.parent}; waiting for it")
+                waited = True
+                time.sleep(_LOCK_POLL_S)
+            yield  # closing the file gives the lock back, as does the end of the process
 
     def prepare(self, plans: Sequence[Plan], say: Say) -> None:
         """Build the plans that are not there; those of an interrupted run are kept.
@@ -180,10 +216,9 @@ class PlanStore:
         self._write(plan.name, plan.key, built.plan)
 
     def _deserialised(self, plan: Plan, content: bytes | memoryview) -> Any:
-        logger = shared_logger(self.world.trt)
-        engine = self.world.trt.Runtime(logger).deserialize_cuda_engine(content)
+        engine = shared_runtime(self.world.trt).deserialize_cuda_engine(content)
         if engine is None:
-            said = logger.current.last_error
+            said = shared_logger(self.world.trt).current.last_error
             raise EngineError(f"engine tensorrt: {self._path(plan.name)} is not taken: {said}; remove it to build anew")
         return engine
 

@@ -99,6 +99,7 @@ def test_one_changed_weight_on_its_way_to_the_gpu_is_caught(
     monkeypatch.setitem(engines.ENGINES, "tensorrt", f"{__name__}:OneWeightOff")
     name, said = chosen(half)
     assert name == "onnxruntime" and "passed over engine tensorrt: self-check failed" in said[-2]
+    assert "at expert 3 of block 1, allowed 1e-02" in said[-2]
 
 
 def test_a_damaged_record_of_failures_is_said_and_every_engine_tried(folder: Path) -> None:

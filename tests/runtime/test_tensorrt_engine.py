@@ -20,6 +20,7 @@ from wdmoe.device.loading import self_check
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
 from wdmoe.runtime.engines.numpy_engine import NumpyEngine
 from wdmoe.runtime.engines.tensorrt_engine import TensorrtEngine
+from wdmoe.runtime.engines.tensorrt_plans import PlanStore
 from wdmoe.runtime.errors import EngineError
 from wdmoe.runtime.manifest import DeviceManifest, Precision, read_manifest
 
@@ -258,6 +259,21 @@ def test_an_interrupted_build_goes_on_where_it_was(twin: TensorRTTwin, int4: Sli
         TwinEngine(int4.folder, int4.manifest.experts, 1)
     assert_right(int4.open(), int4, 2)
     assert twin.built == 4 and "building 2 of 4 plans" in int4.said[0]
+
+
+def test_two_processes_do_not_build_in_one_folder_at_a_time(twin: TensorRTTwin, int4: Slice) -> None:
+    """A replica is a second process with the same folder."""
+    said: list[str] = []
+    with PlanStore(TwinEngine.open_world(), int4.folder).lock(said.append):
+        other = threading.Thread(
+            target=TwinEngine.prepare, args=(int4.folder, int4.manifest.experts, said.append), daemon=True
+        )
+        other.start()
+        while not said:
+            other.join(0.01)
+        assert "another process builds in" in said[0] and twin.built == 0
+    other.join(60)
+    assert twin.built == 4 and "4 of 4" in said[-1]
 
 
 def test_a_folder_of_the_same_kind_of_machine_is_used_and_of_another_refused_by_name(
