@@ -11,6 +11,7 @@ nobody later. Replies go in the order in which they are ready. What remains to b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -200,6 +201,10 @@ def pooled_ms(rows: Ints, compute_ms: Times, model: LatencyModel) -> float:
 
 def pooled_root(air_ms: Sequence[float], fixed_ms: Sequence[float]) -> float:
     """Solve sum of air / (T - fixed) = 1 for T; see `pooled_ms`. A few plain numbers are faster without numpy."""
+    if len(air_ms) == 2:  # a quadratic
+        (air_a, air_b), (fixed_a, fixed_b) = air_ms, fixed_ms
+        a_ms, b_ms = fixed_a + air_a, fixed_b + air_b
+        return (a_ms + b_ms + math.sqrt((a_ms - b_ms) ** 2 + 4 * air_a * air_b)) / 2
     # Each device alone with the whole band: not enough for all.
     t_ms = max((fixed + air for fixed, air in zip(fixed_ms, air_ms, strict=True)), default=0.0)
     on_air = [(air, fixed) for air, fixed in zip(air_ms, fixed_ms, strict=True) if air > 0]

@@ -64,16 +64,19 @@ def decide(
         return Decision(plan, load, makespan(load, model), shares_hz)
     if isinstance(policy, Bottleneck) and radio.rate == "linear":
         return _divided(*_select(routing, owner, policy, radio.whole(devices, "pooled"), context), devices, radio)
+    if not isinstance(policy, (Wlr, Capacity, Bottleneck)):
+        return _divided(*_select(routing, owner, policy, devices, context), devices, radio)  # they know no times
     shares_hz, best = uniform(radio), None
-    for _ in range(rounds if isinstance(policy, (Wlr, Capacity, Bottleneck)) else 1):
+    for turn in range(rounds):
         plan, load = _select(routing, owner, policy, radio.model(devices, shares_hz), context)
         found = _divided(plan, load, devices, radio)
         if best is None or found.block.total_ms < best.block.total_ms:
             best = found
-        assert found.shares_hz is not None
-        # A device that is asked for nothing now has no share; it is known by the smallest one.
-        shares_hz = np.maximum(found.shares_hz, found.shares_hz[found.shares_hz > 0].min(initial=radio.bandwidth_hz))
-    assert best is not None
+        if turn < rounds - 1 and found.shares_hz is not None:
+            # A device that is asked for nothing now has no share; it is known by the smallest one.
+            shares_hz = np.where(load.rows > 0, found.shares_hz, found.shares_hz[load.rows > 0].min())
+    if best is None:
+        raise ValueError(f"{rounds} rounds, expected at least 1")
     return best
 
 
@@ -105,8 +108,7 @@ def row_times(routing: Routing, owner: Ints, model: LatencyModel) -> Times:
 
 
 def _select(routing: Routing, owner: Ints, policy: Policy, model: LatencyModel, context: Context) -> tuple[Plan, Load]:
-    needs_times = isinstance(policy, (Wlr, Capacity))
-    times = row_times(routing, owner, model) if needs_times else model.row_air_ms
+    times = row_times(routing, owner, model) if isinstance(policy, (Wlr, Capacity)) else model.way_ms
     plan = select(routing, owner, times, policy, replace(context, model=model))
     experts = routing.experts if plan.experts is None else plan.experts
     asked = owner[experts] if plan.devices is None else plan.devices
@@ -115,5 +117,5 @@ def _select(routing: Routing, owner: Ints, policy: Policy, model: LatencyModel, 
 
 def _divided(plan: Plan, load: Load, devices: LatencyModel, radio: Radio) -> Decision:
     allocation = per_block(load, devices, radio)
-    finish_ms = np.where(load.rows > 0, allocation.total_ms, 0.0)
+    finish_ms: Times = (load.rows > 0) * np.float64(allocation.total_ms)
     return Decision(plan, load, BlockTime(allocation.total_ms, finish_ms), allocation.shares_hz)
