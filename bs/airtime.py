@@ -11,6 +11,7 @@ nobody later. Replies go in the order in which they are ready. What remains to b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -25,6 +26,8 @@ from wdmoe.profiles.device_profile import interpolate
 Times = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Curve = tuple[tuple[int, float], ...]
+Asked = tuple[float, float, float, float]  # of one device: request on the air, one way, computing, reply on the air; ms
+FEW = 16  # expert calls, up to which plain numbers are faster than arrays
 
 # own: each device its link or share of the band. shared: one half-duplex channel. pooled: one band that is divided
 # anew for each block once its loads are known, see `allocation.per_block`.
@@ -46,9 +49,10 @@ class LatencyModel:
 
     def __post_init__(self) -> None:
         """Refuse arrays that do not speak of the same devices."""
-        lengths = {len(getattr(self, name)) for name in ("slowness", "staging_ms", "way_ms", "down_ms", "up_ms")}
-        if lengths != {len(self.table)}:
-            raise ValueError(f"a latency model of {len(self.table)} devices has arrays of length {sorted(lengths)}")
+        arrays = (self.slowness, self.staging_ms, self.way_ms, self.down_ms, self.up_ms)
+        if any(len(array) != len(self.table) for array in arrays):
+            lengths = sorted({len(array) for array in arrays})
+            raise ValueError(f"a latency model of {len(self.table)} devices has arrays of length {lengths}")
 
     @property
     def n_devices(self) -> int:
@@ -87,6 +91,18 @@ class Load:
     device: Ints  # [C], of each expert call
     tokens: Ints  # [C], of each expert call; 0: not made
 
+    def few(self, model: LatencyModel) -> tuple[list[int], list[Asked]]:
+        """Return the loaded devices, and what is asked of each, in plain numbers; see `few_finish_ms`."""
+        compute_ms = dict.fromkeys(self.device.tolist(), 0.0)
+        for k, n in zip(self.device.tolist(), self.tokens.tolist(), strict=True):
+            compute_ms[k] += float(model.tables[model.table[k], n] * model.slowness[k])
+        loaded, asked = np.flatnonzero(self.rows).tolist(), []
+        for k in loaded:
+            n = int(self.rows[k])
+            staged_ms = compute_ms.get(k, 0.0) + n * float(model.staging_ms[k])
+            asked.append((n * float(model.down_ms[k]), float(model.way_ms[k]), staged_ms, n * float(model.up_ms[k])))
+        return loaded, asked
+
     def compute_ms(self, model: LatencyModel) -> Times:
         """[K], what each device computes: its calls one after another, and the staging of its rows."""
         calls = np.bincount(self.device, model.call_ms(self.device, self.tokens), model.n_devices)
@@ -112,6 +128,8 @@ def load_of(experts: Ints, keep: npt.NDArray[np.bool_], devices: Ints, n_experts
         n_experts: of a block.
         n_devices: number of devices.
     """
+    if len(experts) == 1:
+        return _load_of_token(experts[0][keep[0]].tolist(), devices[0][keep[0]].tolist(), n_devices)
     first = keep.copy()  # whether no earlier slot of the token already brought the row
     for slot in range(1, experts.shape[1]):
         for earlier in range(slot):
@@ -119,6 +137,13 @@ def load_of(experts: Ints, keep: npt.NDArray[np.bool_], devices: Ints, n_experts
     calls = np.bincount((devices * n_experts + experts)[keep])
     made = np.flatnonzero(calls)
     return Load(np.bincount(devices[first], minlength=n_devices), made // n_experts, calls[made])
+
+
+def _load_of_token(experts: list[int], devices: list[int], n_devices: int) -> Load:
+    rows = np.zeros(n_devices, np.int64)
+    rows[devices] = 1
+    called = sorted(zip(devices, experts, strict=True))
+    return Load(rows, np.array([k for k, _ in called], np.int64), np.ones(len(called), np.int64))
 
 
 def makespan(load: Load, model: LatencyModel, order: Sequence[int] | Ints | None = None) -> BlockTime:
@@ -129,6 +154,8 @@ def makespan(load: Load, model: LatencyModel, order: Sequence[int] | Ints | None
         model: of the devices and their links.
         order: on a shared channel, all devices in the order in which requests are sent; None: as `send_order` says.
     """
+    if order is None and len(load.device) <= FEW:
+        return _few_makespan(load, model)
     compute_ms = load.compute_ms(model)
     if model.medium == "shared":
         return _shared_makespan(load.rows, compute_ms, model, order)
@@ -137,6 +164,15 @@ def makespan(load: Load, model: LatencyModel, order: Sequence[int] | Ints | None
         return BlockTime(total_ms, np.where(load.rows > 0, total_ms, 0.0))
     finish_ms = np.where(load.rows > 0, 2 * model.way_ms + compute_ms + load.rows * model.row_air_ms, 0.0)
     return BlockTime(float(finish_ms.max(initial=0.0)), finish_ms)
+
+
+def _few_makespan(load: Load, model: LatencyModel) -> BlockTime:
+    loaded, asked = load.few(model)
+    done_ms, turns = few_finish_ms(asked, model.medium)
+    finish_ms = np.zeros(len(load.rows))
+    finish_ms[loaded] = done_ms
+    order = np.array([loaded[turn] for turn in turns], np.int64) if model.medium == "shared" else None
+    return BlockTime(max(done_ms, default=0.0), finish_ms, order)
 
 
 def send_order(rows: Ints, compute_ms: Times, model: LatencyModel) -> Ints:
@@ -165,6 +201,10 @@ def pooled_ms(rows: Ints, compute_ms: Times, model: LatencyModel) -> float:
 
 def pooled_root(air_ms: Sequence[float], fixed_ms: Sequence[float]) -> float:
     """Solve sum of air / (T - fixed) = 1 for T; see `pooled_ms`. A few plain numbers are faster without numpy."""
+    if len(air_ms) == 2:  # a quadratic
+        (air_a, air_b), (fixed_a, fixed_b) = air_ms, fixed_ms
+        a_ms, b_ms = fixed_a + air_a, fixed_b + air_b
+        return (a_ms + b_ms + math.sqrt((a_ms - b_ms) ** 2 + 4 * air_a * air_b)) / 2
     # Each device alone with the whole band: not enough for all.
     t_ms = max((fixed + air for fixed, air in zip(fixed_ms, air_ms, strict=True)), default=0.0)
     on_air = [(air, fixed) for air, fixed in zip(air_ms, fixed_ms, strict=True) if air > 0]
@@ -182,28 +222,30 @@ def pooled_root(air_ms: Sequence[float], fixed_ms: Sequence[float]) -> float:
     return t_ms
 
 
-def few_ms(asked: Sequence[tuple[float, float, float, float]], medium: Medium) -> float:
-    """Return the block time of a few devices in plain numbers, which for them is faster; the same as `makespan`.
+def few_finish_ms(asked: Sequence[Asked], medium: Medium) -> tuple[list[float], list[int]]:
+    """Do what `makespan` does for a few devices, in plain numbers, which for them is faster.
 
-    Args:
-        asked: of each loaded device: request on the air, one way, computing, reply on the air; milliseconds.
-        medium: of the links.
+    Returns:
+        When each is done, and on a shared channel the order of the requests.
     """
     if medium == "own":
-        return max((send + 2 * way + compute + reply for send, way, compute, reply in asked), default=0.0)
+        return [send + 2 * way + compute + reply for send, way, compute, reply in asked], []
     if medium == "pooled":
-        return pooled_root([send + reply for send, _, _, reply in asked], [2 * way + c for _, way, c, _ in asked])
+        air_ms = [send + reply for send, _, _, reply in asked]
+        return [pooled_root(air_ms, [2 * way + c for _, way, c, _ in asked])] * len(asked), []
+    order = sorted(range(len(asked)), key=lambda i: -(2 * asked[i][1] + asked[i][2] + asked[i][3]))
     sent = 0.0
-    ready: list[tuple[float, float, float]] = []
-    for send, way, compute, reply in sorted(asked, key=lambda one: -(2 * one[1] + one[2] + one[3])):
+    ready: list[tuple[float, int]] = []
+    for turn, i in enumerate(order):
+        send, way, compute, _ = asked[i]
         sent += send
-        ready.append((sent + way + compute, reply, way))
-    ready.sort(key=lambda one: one[0])
-    end, total = sent, 0.0
-    for at, reply, way in ready:
+        ready.append((sent + way + compute, turn))
+    end, finish = sent, [0.0] * len(asked)
+    for at, turn in sorted(ready):
+        _, way, _, reply = asked[order[turn]]
         end = max(end, at) + reply
-        total = max(total, end + way)
-    return total
+        finish[order[turn]] = end + way
+    return finish, order
 
 
 def latency_model(

@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 
-from wdmoe.bs.airtime import Ints, LatencyModel, Load, Times, makespan, pooled_root
+from wdmoe.bs.airtime import FEW, Ints, LatencyModel, Load, Times, makespan, pooled_root
 from wdmoe.runtime.errors import WdmoeError
 
 _TRIED_ORDERS = 7  # devices: 5,040 orders
@@ -41,6 +41,9 @@ class Radio:
         return self._way_ms(shares_hz, self.down), self._way_ms(shares_hz, self.up)
 
     def _way_ms(self, shares_hz: Times, quality: Times) -> Times:
+        if self.rate == "linear" and shares_hz.all():
+            linear_ms: Times = _MS * self.row_bits / (shares_hz * quality)
+            return linear_ms
         with np.errstate(divide="ignore", invalid="ignore"):
             rate = shares_hz * quality if self.rate == "linear" else shares_hz * np.log2(1 + quality / shares_hz)
             time_ms: Times = np.where(shares_hz > 0, _MS * self.row_bits / rate, np.inf)
@@ -77,8 +80,10 @@ def per_block(load: Load, devices: LatencyModel, radio: Radio) -> Allocation:
         devices: their links do not matter here.
         radio: the band.
     """
-    loaded = np.flatnonzero(load.rows)
     shares_hz = np.zeros(len(load.rows))
+    if radio.rate == "linear" and len(load.device) <= FEW:
+        return _few_per_block(load, devices, radio)
+    loaded = np.flatnonzero(load.rows)
     if len(loaded) == 0:
         return Allocation(shares_hz, 0.0)
     fixed_ms = (2 * devices.way_ms + load.compute_ms(devices))[loaded]
@@ -94,6 +99,19 @@ def per_block(load: Load, devices: LatencyModel, radio: Radio) -> Allocation:
         )
         shares_hz[loaded] = shares
     shares_hz *= radio.bandwidth_hz / shares_hz.sum()  # what rounding left over
+    return Allocation(shares_hz, total_ms)
+
+
+def _few_per_block(load: Load, devices: LatencyModel, radio: Radio) -> Allocation:
+    loaded, asked = load.few(devices)
+    per_row_ms = _MS * radio.row_bits / radio.bandwidth_hz
+    air_ms = [per_row_ms * int(load.rows[k]) * (1 / float(radio.down[k]) + 1 / float(radio.up[k])) for k in loaded]
+    fixed_ms = [2 * way + compute for _, way, compute, _ in asked]
+    total_ms = pooled_root(air_ms, fixed_ms)
+    shares = [air / (total_ms - fixed) for air, fixed in zip(air_ms, fixed_ms, strict=True)]
+    scale = radio.bandwidth_hz / sum(shares) if shares else 0.0
+    shares_hz = np.zeros(len(load.rows))
+    shares_hz[loaded] = [scale * share for share in shares]
     return Allocation(shares_hz, total_ms)
 
 

@@ -41,8 +41,8 @@ from wdmoe.bs.config import StationConfig
     "policies",
     multiple=True,
     default=("exact", "wlr"),
-    help="exact, round-robin, wlr, ser, top-cut, capacity or bottleneck, with options as in "
-    "wlr:alpha=0.4,gamma=1.1; may be given several times.",
+    help="exact, wlr, round-robin, ser, top-cut, capacity or bottleneck, with options as in wlr:alpha=0.4,gamma=1.1 or "
+    "bottleneck:budget=0.05,protect=false; may be given several times. docs/policies.md lists rules and options.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first rows of each data set.")
 @model_options

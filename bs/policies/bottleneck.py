@@ -16,7 +16,7 @@ from itertools import combinations
 
 import numpy as np
 
-from wdmoe.bs.airtime import LatencyModel, Load, few_ms, linear_model, makespan
+from wdmoe.bs.airtime import Asked, LatencyModel, Load, few_finish_ms, linear_model, makespan
 from wdmoe.bs.policies.ladders import Chosen, make_ladders
 from wdmoe.bs.policies.options import Context, Latencies, Options
 from wdmoe.bs.policies.pairs import (
@@ -155,12 +155,12 @@ def _one_token(
         return Plan(keep, routing.weights)
     asked = {who: _asked(who, len(mine), model) for who, mine in slots.items()}
     best: tuple[int, ...] = ()
-    best_ms = few_ms(list(asked.values()), model.medium)
+    best_ms = max(few_finish_ms(list(asked.values()), model.medium)[0])
     for n in range(1, min(_FEW, len(on_offer)) + 1):
         for out in combinations(on_offer[:_FEW], n):
             if n == len(slots) or sum(value[who] for who in out) > allowance:
                 continue
-            took_ms = few_ms([one for who, one in asked.items() if who not in out], model.medium)
+            took_ms = max(few_finish_ms([one for who, one in asked.items() if who not in out], model.medium)[0])
             if took_ms < best_ms * (1 - 1e-9):
                 best, best_ms = out, took_ms
     for who in best:
@@ -168,8 +168,8 @@ def _one_token(
     return Plan(keep, kept_weights(routing, keep, policy.renormalise) if best else routing.weights)
 
 
-def _asked(who: int, calls: int, model: LatencyModel) -> tuple[float, float, float, float]:
-    """Return what one row with some expert calls of one token takes; see `few_ms`."""
+def _asked(who: int, calls: int, model: LatencyModel) -> Asked:
+    """Return what one row with some expert calls of one token takes; see `few_finish_ms`."""
     call_ms = float(model.tables[model.table[who], 1] * model.slowness[who])
     compute_ms = calls * call_ms + float(model.staging_ms[who])
     return float(model.down_ms[who]), float(model.way_ms[who]), compute_ms, float(model.up_ms[who])

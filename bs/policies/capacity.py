@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from wdmoe.bs.policies.exact import select_exact
 from wdmoe.bs.policies.options import Context, Latencies, Options, require
 from wdmoe.bs.policies.pairs import (
     Pairs,
@@ -41,15 +42,17 @@ class Capacity(Options):
 def select_capacity(routing: Routing, owner: Ints, row_ms: Latencies, policy: Capacity, context: Context) -> Plan:
     """Take from every device what exceeds its cap.
 
-    The cap is ceil(factor x rows x speed / sum of speeds) with speed = 1 / row_ms: speeds at the present load, so that
+    The cap is ceil(factor x rows x speed / sum of speeds), at least 1, with speed = 1 / row_ms: speeds at the present load, so that
     fixed costs count as if they were spread over the rows. A token's last pair stays, whatever the cap.
     """
+    if len(routing.experts) == 1:
+        return select_exact(routing)  # no cap is less than the one row that a device has
     importance = slot_importance(routing, policy, context)
     pairs = make_pairs(owner[routing.experts], importance)
     rows = np.bincount(pairs.device[pairs.lead], minlength=len(row_ms))
     speed = 1 / row_ms
     # The rounding keeps a share that is whole from being raised by one.
-    cap = np.ceil(np.round(policy.factor * rows.sum() * speed / speed.sum(), 9)).astype(np.int64)
+    cap = np.ceil(np.round(policy.factor * rows.sum() * speed / speed.sum(), 9)).clip(1).astype(np.int64)
     drop = _excess(pairs, droppable(pairs, policy.protect), rows - cap)
     drop = spare_last(pairs, drop)
     drop = within_budget(drop, pairs.importance, policy.allowance(importance, context.block))

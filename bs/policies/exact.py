@@ -39,8 +39,12 @@ def select_round_robin(routing: Routing, context: Context) -> Plan:
     With several experts on a device a token may need more rows than under `exact`: the deal does not look at that.
     """
     plan = select_exact(routing)
-    if context.holders is None or int(context.holders.sum(axis=1).max()) < 2:
-        return plan
+    if context.holders is None or int(np.count_nonzero(context.holders)) == len(context.holders):
+        return plan  # nobody holds what another holds, too
+    if len(routing.experts) == 1:
+        holding = [np.flatnonzero(context.holders[expert]) for expert in routing.experts[0]]
+        dealt = [int(them[context.block % len(them)]) for them in holding]
+        return Plan(plan.keep, plan.weights, devices=np.array([dealt], np.int64))
     devices = np.empty(routing.experts.shape, np.int64)
     for expert in np.unique(routing.experts):
         at = np.flatnonzero(routing.experts == expert)

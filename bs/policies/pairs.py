@@ -109,6 +109,11 @@ def within_budget(drop: Bools, importance: Floats, allowance: float) -> Bools:
 
 def kept_weights(routing: Routing, keep: Bools, renormalise: bool) -> Floats:
     """Return what outputs are multiplied with: 0 where not kept, the rest scaled to the sum of all if asked to."""
+    if keep.shape == (1, 2):  # the same in plain numbers, to the bit
+        first, second = routing.weights[0]
+        left = (first if keep[0, 0] else np.float32(0)) + (second if keep[0, 1] else np.float32(0))
+        scale = (first + second) / left if renormalise and left else np.float32(1)
+        return np.array([[first * scale * keep[0, 0], second * scale * keep[0, 1]]], np.float32)
     weights = np.where(keep, routing.weights, np.float32(0))
     if renormalise:
         left = weights.sum(axis=1, keepdims=True)

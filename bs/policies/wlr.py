@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from wdmoe.bs.policies.options import Context, Latencies, Options, require
 from wdmoe.bs.policies.pairs import kept_weights, slot_importance, within_budget
-from wdmoe.bs.routing import Ints, Plan, Routing, pair_weights, pairs_used
+from wdmoe.bs.routing import Floats, Ints, Plan, Routing, pair_weights, pairs_used
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +39,8 @@ def select_wlr(routing: Routing, owner: Ints, row_ms: Latencies, policy: Wlr, co
     token loses at most its smallest pair. WLR = sum over devices of (weights of their pairs) / (rows x row_ms).
     """
     importance = slot_importance(routing, policy, context)
+    if importance.shape == (1, 2):
+        return _one_token(routing, importance, owner, row_ms, policy, context)
     pairs = pair_weights(Routing(routing.experts, importance), owner, len(row_ms))
     used = pairs_used(routing.experts, np.ones(routing.experts.shape, np.bool_), owner, len(row_ms))
     length = np.sqrt(np.add.reduce(pairs * pairs, axis=1))  # np.linalg.norm, without what it costs one token
@@ -51,23 +53,57 @@ def select_wlr(routing: Routing, owner: Ints, row_ms: Latencies, policy: Wlr, co
     minor = pairs[np.arange(len(pairs)), smallest]
 
     start = _wlr(weight_by_device, rows_by_device, row_ms)
-    step, dropped, gained = 0, 0, False  # leaving out nothing gains nothing
+    n_droppable = int(np.count_nonzero(droppable))
+    lowest = float(similarity[droppable].min()) if n_droppable else np.inf
+    drop, dropped, gained, step = np.zeros(len(pairs), np.bool_), 0, False, 0
     while True:
         theta = min(1.0, policy.alpha + step * policy.step)
-        # A cosine can come out a rounding above 1.
-        drop = droppable & ((similarity <= theta) | (theta >= 1.0))
-        before, dropped = dropped, int(np.count_nonzero(drop))
-        if dropped != before:  # else it is the same tokens as at the last theta, and gains no more
-            where = smallest[drop]
-            weight = weight_by_device - np.bincount(where, minor[drop], len(row_ms))
-            rows = rows_by_device - np.bincount(where, minlength=len(row_ms))
-            gained = _wlr(weight, rows, row_ms) > policy.gamma * start
+        if (theta >= lowest or theta >= 1.0) and dropped < n_droppable:  # else it is the same tokens as before
+            # A cosine can come out a rounding above 1.
+            drop = droppable & ((similarity <= theta) | (theta >= 1.0))
+            before, dropped = dropped, int(np.count_nonzero(drop))
+            if dropped != before:
+                where = smallest[drop]
+                weight = weight_by_device - np.bincount(where, minor[drop], len(row_ms))
+                rows = rows_by_device - np.bincount(where, minlength=len(row_ms))
+                gained = _wlr(weight, rows, row_ms) > policy.gamma * start
         if gained or theta >= 1.0:
             break
         step += 1
     drop = within_budget(drop, minor, policy.allowance(importance, context.block))
     keep = ~(drop[:, None] & (owner[routing.experts] == smallest[:, None]))
     stopped = "gain reached" if gained else "theta at its end"
+    return Plan(keep, kept_weights(routing, keep, policy.renormalise), theta, stopped)
+
+
+def _one_token(
+    routing: Routing, importance: Floats, owner: Ints, row_ms: Latencies, policy: Wlr, context: Context
+) -> Plan:
+    """Do the same for one token of two experts, to the bit, without what numpy costs so few numbers."""
+    first, second = owner[routing.experts[0]].tolist()
+    pairs = np.zeros((1, len(row_ms)), np.float32)
+    pairs[0, first] = importance[0, 0]
+    pairs[0, second] += importance[0, 1]
+    drop = gained = False
+    theta, step = min(1.0, policy.alpha), 0
+    minor = min((first, second), key=lambda k: (float(pairs[0, k]), k))
+    if first == second or (policy.protect and minor == first):
+        theta = 1.0
+    else:
+        a, b = pairs[0, first], pairs[0, second]
+        similarity = float((pairs @ row_ms)[0] / (np.sqrt(a * a + b * b) * np.sqrt(row_ms.dot(row_ms))))
+        while not (theta >= similarity or theta >= 1.0):
+            step += 1
+            theta = min(1.0, policy.alpha + step * policy.step)
+        drop = True
+        each = {k: float(pairs[0, k]) / float(row_ms[k]) for k in sorted((first, second))}
+        left = sum(ratio for k, ratio in each.items() if k != minor)
+        gained = left > policy.gamma * sum(each.values())
+        theta = theta if gained else 1.0
+    stopped = "gain reached" if gained else "theta at its end"
+    if not drop or float(pairs[0, minor]) > policy.allowance(importance, context.block):
+        return Plan(np.ones((1, 2), np.bool_), routing.weights, theta, stopped)
+    keep = np.array([[first != minor, second != minor]])
     return Plan(keep, kept_weights(routing, keep, policy.renormalise), theta, stopped)
 
 
