@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.bs.airtime import LatencyModel, Load, load_of, makespan
+from wdmoe.bs.airtime import LatencyModel, load_of, makespan
+from wdmoe.bs.deciding import row_times
 from wdmoe.bs.policies import Context, Policy, select
 from wdmoe.bs.radio import Cell
 from wdmoe.bs.routing import Bools, Ints, Routing
@@ -157,18 +158,6 @@ def simulate(
     return result
 
 
-def row_times(load: Load, model: LatencyModel) -> Times:
-    """Predict the time of one row on each device at a load, as `latency.row_ms` does: [K], milliseconds."""
-    rows = np.bincount(load.device, load.tokens, model.n_devices)
-    calls_ms = np.bincount(load.device, model.call_ms(load.device, load.tokens), model.n_devices)
-    idle = rows == 0
-    if idle.any():
-        who = np.flatnonzero(idle)
-        calls_ms[who] = model.call_ms(who, np.ones(len(who), np.int64))
-        rows[who] = 1
-    return 2 * model.way_ms / rows + model.staging_ms + model.row_air_ms + calls_ms / rows
-
-
 def _block_ms(routing: Routing, replicas: Replicas, context: Context, policy: Policy, result: Simulated) -> float:
     model = context.model
     assert model is not None
@@ -178,7 +167,7 @@ def _block_ms(routing: Routing, replicas: Replicas, context: Context, policy: Po
     devices, everything = replicas.device[dealt.experts], np.ones(dealt.experts.shape, np.bool_)
     n_pairs, n_devices = len(replicas.device), model.n_devices
     before = load_of(dealt.experts, everything, devices, n_pairs, n_devices)
-    plan = select(dealt, replicas.device, row_times(before, model), policy, context)
+    plan = select(dealt, replicas.device, row_times(dealt, replicas.device, model), policy, context)
     asked = dealt.experts if plan.experts is None else plan.experts
     devices = replicas.device[asked] if plan.devices is None else plan.devices
     after = load_of(asked, plan.keep, devices, n_pairs, n_devices)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from wdmoe.bs.airtime import LatencyModel, Load, latency_model
+from wdmoe.bs.airtime import LatencyModel, latency_model
 from wdmoe.bs.cli import main
 from wdmoe.bs.config import StationConfig, VirtualConfig
-from wdmoe.bs.latency import DeviceLatency, row_ms
+from wdmoe.bs.latency import DeviceLatency
 from wdmoe.bs.policies import Exact, Wlr
 from wdmoe.bs.questions import Choice, Question
 from wdmoe.bs.radio import Cell, RadioConfig
@@ -24,7 +24,6 @@ from wdmoe.bs.simulation import (
     Site,
     block_loads,
     holders_of,
-    row_times,
     simulate,
     spread,
     static_shares,
@@ -84,16 +83,6 @@ def test_a_run_in_virtual_time_and_its_trace_take_as_long(bundle: Path, bandwidt
     # Headers are charged in a run, and not in a simulation.
     assert simulated.latency_ms == pytest.approx([record.latency_ms for record in scorer.records], rel=0.03)
     assert simulated.pairs == sum(block.pairs for record in scorer.records for block in record.blocks)
-
-
-def test_the_row_times_are_those_of_the_live_latency_model() -> None:
-    curve = ((1, 2.0), (8, 3.0), (64, 20.0))
-    latencies = [DeviceLatency(curve, 1.0 + k, row_link_ms=0.5 * k) for k in range(4)]
-    counts, owner = np.array([3, 0, 12, 1, 0, 0, 40, 2]), np.arange(8) % 4
-    made = np.flatnonzero(counts)
-    load = Load(np.zeros(4, np.int64), owner[made], counts[made])
-    got = row_times(load, latency_model(latencies, 64))
-    np.testing.assert_allclose(got, row_ms(latencies, counts, owner))
 
 
 def test_one_token_by_hand() -> None:
