@@ -49,33 +49,49 @@ def split_by_device(
         hidden: [tokens, d_model], what the experts see.
         wire: precision of the rows on the wire.
     """
-    tokens = np.arange(len(hidden))[:, None]
-    wanted = np.zeros((len(hidden), len(owner)), np.bool_)
-    wanted[tokens, routing.experts] = plan.keep
-    weights = np.zeros(wanted.shape, np.float32)
-    weights[tokens, routing.experts] = plan.weights
-    counts = wanted.sum(axis=0)
+    token, slot = np.nonzero(plan.keep)
+    expert, weight = routing.experts[token, slot], plan.weights[token, slot]
+    by_device = np.argsort(owner, kind="stable")  # all experts: those of the first device, then those of the next
+    rank = np.empty_like(by_device)
+    rank[by_device] = np.arange(len(owner))
+    order = np.argsort(rank[expert], kind="stable")  # entries by device, then expert, then token
+    token, device = token[order], owner[expert[order]]
+    used = np.zeros((len(names), len(hidden)), np.bool_)
+    used[device, token] = True
+    index = (np.cumsum(used, axis=1)[device, token] - 1).astype("<u4").tobytes()
+    weights = weight[order].astype("<f4").tobytes()
+    counts = np.bincount(expert, minlength=len(owner))
+    packed, wire_used = pack_rows(hidden, wire)  # once, though most rows go to several devices
     shipments: list[Shipment] = []
-    for k, name in enumerate(names):
-        experts = np.flatnonzero((owner == k) & (counts > 0))
-        if len(experts) == 0:
+    at = 0
+    for k, asked in enumerate(_by_device(by_device, owner, counts, len(names))):
+        if not asked:
             continue
-        mine = wanted[:, experts]
-        rows = np.flatnonzero(mine.any(axis=1))
-        by_expert = mine[rows].T
-        packed, wire_used = pack_rows(hidden[rows], wire)
+        start, at = at, at + 4 * sum(count for _, count in asked)
+        rows = np.flatnonzero(used[k])
         request = ExpertRequest(
             request_id=0,
             block=block,
             rows=len(rows),
             wire=wire_used,
-            experts=tuple(experts.tolist()),
-            counts=tuple(counts[experts].tolist()),
-            index=np.nonzero(by_expert)[1].astype("<u4").tobytes(),
-            weights=weights[rows][:, experts].T[by_expert].astype("<f4").tobytes(),
+            experts=tuple(number for number, _ in asked),
+            counts=tuple(count for _, count in asked),
+            index=index[start:at],
+            weights=weights[start:at],
         )
-        shipments.append(Shipment(name, rows, request, packed))
+        shipments.append(Shipment(names[k], rows, request, packed if len(rows) == len(packed) else packed[rows]))
     return shipments
+
+
+def _by_device(by_device: Ints, owner: Ints, counts: Ints, n_devices: int) -> list[list[tuple[int, int]]]:
+    """Return the experts that are wanted of each device, ascending, with the number of rows that want them."""
+    asked: list[list[tuple[int, int]]] = [[] for _ in range(n_devices)]
+    for number, device, count in zip(
+        by_device.tolist(), owner[by_device].tolist(), counts[by_device].tolist(), strict=True
+    ):
+        if count:
+            asked[device].append((number, count))
+    return asked
 
 
 def regroup(shipment: Shipment, takes_over: Mapping[int, str]) -> list[Shipment]:
@@ -136,7 +152,10 @@ def combine(
     """
     total = np.zeros((n_rows, d_model), np.float32)
     for rows, values in partials:
-        total[rows] += values
+        if len(rows) == n_rows:  # they ascend: all of them, in their order
+            total += values
+        else:
+            total[rows] += values
     if lost_share is not None:
         came: Bools = lost_share < 1 - 1e-6
         total[came] /= (1 - lost_share[came, None]).astype(np.float32)

@@ -2,8 +2,9 @@
 
     stage (worker) -> Routing -> select -> Plan -> one ExpertRequest per device -> replies -> combine -> next stage
 
-The loop sends, receives and watches deadlines; everything that computes runs on the worker. While one microbatch
-waits for the air, another runs its stage.
+The loop sends, receives and watches deadlines; what computes runs on the worker. While one microbatch waits for the
+air, another runs its stage. With one microbatch alone, short stages run on the loop's own thread: handing a stage over and
+back costs two switches of thread in every block, and a heartbeat can wait for it.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from wdmoe.runtime.worker import Worker
 
 _STAND_IN = DeviceLatency(((1, 1.0),), 0.0)  # of experts that no device runs now: they are not measured
 RECOVER_S = 2.0  # at the start of a run, for devices that were blocked in an earlier one
+SHORT_MS = 20.0  # what took no longer in the block before may hold up the loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ class Flight:
     shared_pending: bool = False
     result: Result | None = None
     stage_done_s: float = 0.0
+    step_ms: float = float("inf")  # what the last step took; of the first, nothing is known
+    shared_ms: float = float("inf")  # and the last shared expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +92,9 @@ class Workers:
 
     names: tuple[str, ...]
     owner: Ints  # [n_experts], index into names
-    latencies: tuple[DeviceLatency, ...]  # of each name
 
 
-_NO_WORKERS = Workers((), np.empty(0, np.int64), ())
+_NO_WORKERS = Workers((), np.empty(0, np.int64))
 
 
 class Pipeline:
@@ -127,6 +130,8 @@ class Pipeline:
         self.requests = Requests(hub, held, self._run_held)
         self._flights: list[Flight] = []
         self._landed: list[Flight] = []
+        self._known_workers: dict[tuple[int, bool], Workers] = {}  # while nobody comes, goes or fails
+        self._known_at = self._served_at = (-1, -1)
 
     def run(
         self, microbatches: Iterable[Microbatch], policy: Policy, in_flight: int = 1
@@ -180,8 +185,12 @@ class Pipeline:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def _turn(self, policy: Policy) -> None:
-        now_s = self._hub.clock.now_s()
-        self.requests.on_events(self._hub.turn(max(0.0, min(1.0, self.requests.next_check_s() - now_s))))
+        events = self._hub.turn(0.0)
+        self.requests.check()  # while what was just sent is on its way
+        if not events and not self._worker.due():
+            wait_s = min(1.0, self.requests.next_check_s() - self._hub.clock.now_s())
+            events = self._hub.turn(max(0.0, wait_s))
+        self.requests.on_events(events)
         for done in self._worker.finished():
             if done.error is not None:
                 raise done.error
@@ -191,16 +200,20 @@ class Pipeline:
                 outcome.take(outcome.sums)
             elif flight is not None and flight in self._flights:
                 self._on_computed(flight, outcome, policy)
-        self.requests.check()
 
     def _recover(self, policy: Policy) -> None:
         """Probe what was blocked in an earlier run, and wait for the answers if it is needed."""
         self.requests.probe_blocked()
         deadline_s = self._hub.clock.now_s() + RECOVER_S
-        while (
-            self._hub.clock.now_s() < deadline_s and not self._may_skip(policy) and self.requests.unserved(self._model)
-        ):
+        while self._hub.clock.now_s() < deadline_s and not self._may_skip(policy) and not self._all_served():
             self.requests.on_events(self._hub.turn(0.1))
+
+    def _all_served(self) -> bool:
+        """Whether every expert has somebody who may run it; looked up anew only when that may have changed."""
+        now_at = (self._hub.changes, self.requests.fleet.changes)
+        if now_at != self._served_at and not self.requests.unserved(self._model):
+            self._served_at = now_at
+        return now_at == self._served_at
 
     def _depart(self, number: int, microbatch: Microbatch, policy: Policy) -> None:
         now_s = self._hub.clock.now_s()
@@ -226,7 +239,8 @@ class Pipeline:
                 if self._model.shared_expert:
                     # Runs while the rows are on the air.
                     block, hidden = flight.block, outcome.hidden
-                    self._worker.submit(lambda: (flight, Shared(self._stages.shared(block, hidden))))
+                    short = self._is_short(flight.shared_ms)
+                    self._worker.submit(lambda: (flight, self._run_shared(flight, block, hidden)), short)
             case Shared(rows=rows):
                 flight.shared, flight.shared_pending = rows, False
                 flight.stage_done_s = now_s
@@ -262,8 +276,23 @@ class Pipeline:
 
     def _submit_step(self, flight: Flight, combined: Callable[[], Floats] | None, policy: Policy) -> None:
         block, residual = flight.block, flight.residual
-        workers = self._workers(block, self._may_skip(policy)) if block < self._model.n_blocks else _NO_WORKERS
-        self._worker.submit(lambda: (flight, self._step(flight, block, residual, combined, workers, policy)))
+        last = block == self._model.n_blocks  # with the head: another thing than the steps before it
+        workers = _NO_WORKERS if last else self._workers(block, self._may_skip(policy))
+        latencies = () if last or isinstance(policy, Exact) else self._latencies(workers)
+        short = not last and self._is_short(flight.step_ms)
+        self._worker.submit(
+            lambda: (flight, self._step(flight, block, residual, combined, workers, latencies, policy)), short
+        )
+
+    def _is_short(self, last_ms: float) -> bool:
+        """Whether a job may run on the loop's own thread: nothing else could use that time, and it is not long."""
+        return len(self._flights) == 1 and last_ms <= SHORT_MS
+
+    def _run_shared(self, flight: Flight, block: int, hidden: Floats) -> Shared:
+        started_s = self._hub.clock.now_s()
+        rows = self._stages.shared(block, hidden)
+        flight.shared_ms = (self._hub.clock.now_s() - started_s) * 1e3
+        return Shared(rows)
 
     def _run_held(self, job: Callable[[], Rows], take: Callable[[Rows], None]) -> None:
         self._worker.submit(lambda: (None, Held(job(), take)))
@@ -272,7 +301,12 @@ class Pipeline:
         return self._skip_lost and not isinstance(policy, Exact)
 
     def _workers(self, block: int, may_skip: bool) -> Workers:
-        """Say who runs which expert of a block now, and how fast they are."""
+        """Say who runs which expert of a block now."""
+        now_at = (self._hub.changes, self.requests.fleet.changes)
+        if now_at != self._known_at:
+            self._known_workers, self._known_at = {}, now_at
+        if (known := self._known_workers.get((block, may_skip))) is not None:
+            return known
         holders: list[str] = []
         for expert in range(self._model.n_experts):
             holder = self.requests.preferred(block, expert)
@@ -280,9 +314,14 @@ class Pipeline:
                 raise self._nobody(block, expert)
             holders.append(holder or NOBODY)
         names = tuple(sorted(set(holders)))
+        workers = Workers(names, np.array([names.index(holder) for holder in holders]))
+        self._known_workers[block, may_skip] = workers
+        return workers
+
+    def _latencies(self, workers: Workers) -> tuple[DeviceLatency, ...]:
+        """Return how fast each of the workers is."""
         devices = self._hub.devices
-        latencies = tuple(devices[name].latency.model() if name in devices else _STAND_IN for name in names)
-        return Workers(names, np.array([names.index(holder) for holder in holders]), latencies)
+        return tuple(devices[name].latency.model() if name in devices else _STAND_IN for name in workers.names)
 
     def _nobody(self, block: int, expert: int) -> DeviceFailed | DevicesMissing:
         for device in self.requests.holders(block, expert):
@@ -298,6 +337,7 @@ class Pipeline:
         residual: Floats | None,
         combined: Callable[[], Floats] | None,
         workers: Workers,
+        latencies: tuple[DeviceLatency, ...],
         policy: Policy,
     ) -> Dispatched | Result:
         """Combine, run the stage, route, select, pack: all that is computed between two waits for devices."""
@@ -313,17 +353,17 @@ class Pipeline:
         routing = route(attended.router_logits, self._model.top_k, self._model.norm_top_k)
         owner = workers.owner
         counts = np.bincount(routing.experts.ravel(), minlength=self._model.n_experts)
-        plan = select(routing, owner, row_ms(workers.latencies, counts, owner), policy)
+        plan = select(routing, owner, row_ms(latencies, counts, owner), policy)  # exact looks at no latency
         shipments = split_by_device(block, routing, plan, owner, workers.names, attended.hidden, self._wire)
-        wanted = pairs_used(routing.experts, np.ones_like(plan.keep), owner, len(workers.names))
+        sent, gate_mass = sum(len(shipment.rows) for shipment in shipments), float(routing.weights.sum())
+        if isinstance(policy, Exact):
+            pairs, gate_mass_dropped = sent, 0.0
+        else:
+            pairs = int(pairs_used(routing.experts, np.ones_like(plan.keep), owner, len(workers.names)).sum())
+            gate_mass_dropped = float(routing.weights[~plan.keep].sum())
         record = BlockRecord(
-            pairs=int(wanted.sum()),
-            droppable=int(wanted.sum()) - len(wanted),
-            sent=sum(len(shipment.rows) for shipment in shipments),
-            gate_mass=float(routing.weights.sum()),
-            gate_mass_dropped=float(routing.weights[~plan.keep].sum()),
-            theta=plan.theta,
-            stopped=plan.stopped,
+            pairs, pairs - len(routing.experts), sent, gate_mass, gate_mass_dropped, plan.theta, plan.stopped
         )
-        flight.record.bs_ms += (self._hub.clock.now_s() - started_s) * 1e3
+        flight.step_ms = (self._hub.clock.now_s() - started_s) * 1e3
+        flight.record.bs_ms += flight.step_ms
         return Dispatched(attended.residual, attended.hidden, shipments, plan.weights.sum(axis=1), record)

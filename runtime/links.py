@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Peer = bytes  # how the link tells its peers apart; opaque above it
 BS: Peer = b"bs"  # what a device calls its only peer
+_POLLIN = int(zmq.POLLIN)  # an enum's own & takes as long as the question
 _DRAIN_LIMIT = 256  # parcels taken at once, so that a flooding peer cannot hold the loop
 
 
@@ -97,7 +98,7 @@ class ZmqLink:
         for parcel in outgoing:
             self._send(parcel)
         arrived = self._drain()
-        if not arrived:
+        if not arrived and timeout_s > 0:
             ready = dict(self._poller.poll(max(0, round(timeout_s * 1000 + 0.5))))
             if self._wake_in.fileno() in ready or self._wake_in in ready:
                 self._clear_wake()
@@ -132,7 +133,8 @@ class ZmqLink:
     def _send(self, parcel: Parcel) -> None:
         frames: list[Frame] = [parcel.peer, *parcel.frames] if self._routed else list(parcel.frames)
         try:
-            self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
+            # Copied, 20 us for 256 KiB: pyzmq hands what it does not copy to a thread of its own, which costs more.
+            self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
         except zmq.Again:
             return  # no connection or a full queue; the sender's deadline will tell
         except zmq.ZMQError as error:
@@ -141,11 +143,8 @@ class ZmqLink:
 
     def _drain(self) -> list[Parcel]:
         arrived: list[Parcel] = []
-        while len(arrived) < _DRAIN_LIMIT:
-            try:
-                frames = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                break
+        while len(arrived) < _DRAIN_LIMIT and int(self._socket.get(zmq.EVENTS)) & _POLLIN:
+            frames = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
             if self._routed:
                 arrived.append(Parcel(frames[0].bytes, [frame.buffer for frame in frames[1:]], _user_id(frames[0])))
             else:
