@@ -60,6 +60,11 @@ def model_options(function: AnyFunction) -> AnyFunction:
             metavar="N|all|none",
             help="Experts the base station may load itself when a device is lost; N at a time.",
         ),
+        click.option(
+            "--trace",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Write a timeline there, for https://ui.perfetto.dev: stages, sends, waits, air and devices.",
+        ),
         click.option("--health", metavar="HOST:PORT", help="Serve /health there, for wdmoe-bs status and monitors."),
         click.option(
             "--when-lost",

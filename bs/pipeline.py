@@ -25,6 +25,7 @@ from wdmoe.bs.records import BlockRecord, Record
 from wdmoe.bs.requests import Requests, Want, lost_share
 from wdmoe.bs.routing import Floats, Ints, pairs_used, route
 from wdmoe.bs.stages import Stages, rope_angles
+from wdmoe.bs.tracing import LOOP, STAGES, WAITS, Trace
 from wdmoe.runtime.errors import DeviceFailed, DevicesMissing
 from wdmoe.runtime.manifest import BsManifest
 from wdmoe.runtime.messages import Rows, Wire
@@ -109,6 +110,7 @@ class Pipeline:
         wire: Wire = "fp16",
         held: HeldExperts | None = None,
         skip_lost: bool = False,
+        trace: Trace | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -120,14 +122,16 @@ class Pipeline:
             wire: precision of the rows on the wire.
             held: experts that the base station keeps for when a device is lost.
             skip_lost: whether a policy other than exact may leave out what is lost.
+            trace: collects a timeline.
         """
+        self._trace = trace
         self._hub = hub
         self._stages = stages
         self._model = manifest.model
         self._wire: Wire = wire
         self._skip_lost = skip_lost
         self._worker = make_worker(hub.wake)
-        self.requests = Requests(hub, held, self._run_held)
+        self.requests = Requests(hub, held, self._run_held, trace)
         self._flights: list[Flight] = []
         self._landed: list[Flight] = []
         self._known_workers: dict[tuple[int, bool], Workers] = {}  # while nobody comes, goes or fails
@@ -185,7 +189,10 @@ class Pipeline:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def _turn(self, policy: Policy) -> None:
+        started_s = self._hub.clock.now_s()
         events = self._hub.turn(0.0)
+        if self._trace is not None:
+            self._trace.add(LOOP, "send", started_s, self._hub.clock.now_s())
         self.requests.check()  # while what was just sent is on its way
         if not events and not self._worker.due():
             wait_s = min(1.0, self.requests.next_check_s() - self._hub.clock.now_s())
@@ -263,7 +270,10 @@ class Pipeline:
     def _continue_if_complete(self, flight: Flight, policy: Policy) -> None:
         if flight.waiting or flight.shared_pending:
             return
-        flight.record.blocks[-1].waiting_ms = (self._hub.clock.now_s() - flight.stage_done_s) * 1e3
+        now_s = self._hub.clock.now_s()
+        flight.record.blocks[-1].waiting_ms = (now_s - flight.stage_done_s) * 1e3
+        if self._trace is not None:
+            self._trace.add(WAITS, f"block {flight.block} of {flight.microbatch.name}", flight.stage_done_s, now_s)
         rows, width, shared, wants = len(flight.microbatch.token_ids), self._model.d_model, flight.shared, flight.wants
         assert flight.asked_weight is not None
         lost = lost_share(rows, wants, flight.asked_weight)
@@ -291,8 +301,16 @@ class Pipeline:
     def _run_shared(self, flight: Flight, block: int, hidden: Floats) -> Shared:
         started_s = self._hub.clock.now_s()
         rows = self._stages.shared(block, hidden)
-        flight.shared_ms = (self._hub.clock.now_s() - started_s) * 1e3
+        flight.shared_ms = self._timed(flight, f"shared expert {block}", started_s)
+        flight.record.shared_ms += flight.shared_ms
         return Shared(rows)
+
+    def _timed(self, flight: Flight, what: str, started_s: float) -> float:
+        """Return the milliseconds since; the trace hears of it."""
+        ended_s = self._hub.clock.now_s()
+        if self._trace is not None:
+            self._trace.add(STAGES, f"{what} of {flight.microbatch.name}", started_s, ended_s)
+        return (ended_s - started_s) * 1e3
 
     def _run_held(self, job: Callable[[], Rows], take: Callable[[Rows], None]) -> None:
         self._worker.submit(lambda: (None, Held(job(), take)))
@@ -347,7 +365,7 @@ class Pipeline:
         if block == self._model.n_blocks:
             assert residual is not None and moe_out is not None
             result = self._stages.finish(microbatch, residual, moe_out)
-            flight.record.bs_ms += (self._hub.clock.now_s() - started_s) * 1e3
+            flight.record.bs_ms += self._timed(flight, "head", started_s)
             return result
         attended = self._stages.attend(block, microbatch, flight.angles, residual, moe_out)
         routing = route(attended.router_logits, self._model.top_k, self._model.norm_top_k)
@@ -364,6 +382,6 @@ class Pipeline:
         record = BlockRecord(
             pairs, pairs - len(routing.experts), sent, gate_mass, gate_mass_dropped, plan.theta, plan.stopped
         )
-        flight.step_ms = (self._hub.clock.now_s() - started_s) * 1e3
+        flight.step_ms = self._timed(flight, f"stage {block}", started_s)
         flight.record.bs_ms += flight.step_ms
         return Dispatched(attended.residual, attended.hidden, shipments, plan.weights.sum(axis=1), record)

@@ -21,6 +21,7 @@ class BlockRecord:
     stopped: str | None
     waiting_ms: float = 0.0  # attention waiting: the base station has nothing left to do for this microbatch
     device_ms: float = 0.0  # the longest compute time a device reported
+    air_ms: float = 0.0  # the longest time of a request in which its device neither computed it nor kept it in a queue
     bytes_down: int = 0
     bytes_up: int = 0
     skipped: int = 0  # pairs that were sent to a device that was lost, and left out
@@ -35,6 +36,7 @@ class Record:
     questions: int = 1  # in the microbatch; each of them took as long as it
     latency_ms: float = 0.0
     bs_ms: float = 0.0  # stages, routing, selecting, packing, combining; without the shared experts
+    shared_ms: float = 0.0  # the shared experts
     blocks: list[BlockRecord] = field(default_factory=list)
 
 
@@ -47,9 +49,12 @@ class Summary:
     latency_mean_ms: float
     latency_p50_ms: float
     latency_p95_ms: float
+    latency_share_ms: float  # mean per question: its share of its microbatch's latency, as are the parts that follow
     waiting_ms: float  # mean per question
     bs_ms: float  # mean per question
+    shared_ms: float  # mean per question
     device_ms: float  # mean per question, the slowest device of each block
+    air_ms: float  # mean per question, the slowest request of each block
     bytes_down: int
     bytes_up: int
     pairs: int
@@ -86,9 +91,12 @@ def summarise(records: Sequence[Record]) -> Summary:
         latency_mean_ms=float(latencies.mean()),
         latency_p50_ms=float(latency[0]),
         latency_p95_ms=float(latency[1]),
+        latency_share_ms=sum(record.latency_ms for record in records) / questions,
         waiting_ms=sum(block.waiting_ms for block in blocks) / questions,
         bs_ms=sum(record.bs_ms for record in records) / questions,
+        shared_ms=sum(record.shared_ms for record in records) / questions,
         device_ms=sum(block.device_ms for block in blocks) / questions,
+        air_ms=sum(block.air_ms for block in blocks) / questions,
         bytes_down=sum(block.bytes_down for block in blocks),
         bytes_up=sum(block.bytes_up for block in blocks),
         pairs=sum(block.pairs for block in blocks),

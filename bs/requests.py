@@ -20,6 +20,7 @@ from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import HEARTBEAT_S, Complained, Event, Hub, Joined, Left, Replied
 from wdmoe.bs.records import BlockRecord
 from wdmoe.bs.routing import Floats, Ints
+from wdmoe.bs.tracing import Reply, Trace
 from wdmoe.runtime.errors import DeviceError, DeviceFailed, DeviceTimeout
 from wdmoe.runtime.manifest import ModelSpec
 from wdmoe.runtime.messages import ExpertReply, ExpertRequest, Message, Rows, unpack_rows
@@ -90,14 +91,16 @@ RunHeld = Callable[[Callable[[], Rows], Callable[[Rows], None]], None]
 class Requests:
     """Sends requests and sees to it that each is answered, replaced, or ends the run with a name."""
 
-    def __init__(self, hub: Hub, held: HeldExperts | None, run_held: RunHeld) -> None:
+    def __init__(self, hub: Hub, held: HeldExperts | None, run_held: RunHeld, trace: Trace | None = None) -> None:
         """Start with nothing out.
 
         Args:
             hub: the devices.
             held: experts at the base station, if it keeps any.
             run_held: runs a job where it may take long, then calls back with its result.
+            trace: collects a timeline.
         """
+        self._trace = trace
         self.fleet = Fleet()
         self.late_replies = 0
         self.counts: Counter[str] = Counter()  # replaced, hedged, skipped
@@ -198,11 +201,15 @@ class Requests:
             self._fail(DeviceFailed(name, f"sent rows that are not finite for block {block}"))
             return
         del self._pending[header.request_id]
-        took_ms = (self._hub.clock.now_s() - pending.sent_s) * 1e3 - header.queue_us / 1e3
-        request = pending.shipment.request
+        now_s, request = self._hub.clock.now_s(), pending.shipment.request
+        took_ms = (now_s - pending.sent_s) * 1e3 - header.queue_us / 1e3
+        if self._trace is not None:
+            times_s = (pending.sent_s, now_s, header.queue_us / 1e6, header.compute_us / 1e6)
+            self._trace.replies.append(Reply(name, request.block, want.name, *times_s))
         self._answers.append(Answer(name, request.counts, request.rows, took_ms))
         want.record.bytes_up += message_bytes(message)
         want.record.device_ms = max(want.record.device_ms, header.compute_us / 1e3)
+        want.record.air_ms = max(want.record.air_ms, took_ms - header.compute_us / 1e3)
         self._on_part(want, pending.attempt, name, (pending.shipment.rows, rows))
 
     def _on_part(self, want: Want, attempt: Attempt, device: str, partial: Partial) -> None:
