@@ -50,7 +50,10 @@ def model_options(function: AnyFunction) -> AnyFunction:
     return _with_options(
         function,
         click.option(
-            "--wire", type=click.Choice(["fp16", "fp32"]), default=DEFAULTS.wire, help="Token rows on the wire."
+            "--wire",
+            type=click.Choice(["fp16", "fp32", "int8"]),
+            default=DEFAULTS.wire,
+            help="Token rows on the wire; int8: with a scale for each row.",
         ),
         click.option("--threads", type=click.IntRange(min=1), default=DEFAULTS.threads, help="Threads of the stages."),
         click.option("--wait", "wait_s", type=float, default=DEFAULTS.wait_s, help="Seconds to wait for the devices."),

@@ -16,6 +16,7 @@ from wdmoe.runtime.messages import (
     pack_rows,
     request_index,
     request_weights,
+    unpack_rows,
 )
 
 Partial = tuple[Ints, Floats]  # rows of the microbatch, and what is to be added to them
@@ -81,6 +82,13 @@ def split_by_device(
         )
         shipments.append(Shipment(names[k], rows, request, packed if len(rows) == len(packed) else packed[rows]))
     return shipments
+
+
+def relative_error(hidden: Floats, wire: Wire) -> float:
+    """Return what the wire loses of rows: root mean square of the error over that of the rows."""
+    packed, _ = pack_rows(hidden, wire)
+    lost = unpack_rows(packed) - hidden
+    return float(np.sqrt(np.square(lost).mean() / max(float(np.square(hidden).mean()), 1e-30)))
 
 
 def _by_device(by_device: Ints, owner: Ints, counts: Ints, n_devices: int) -> list[list[tuple[int, int]]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from wdmoe.bs.dispatch import Shipment, combine, split_by_device
+from wdmoe.bs.dispatch import Shipment, combine, relative_error, split_by_device
 from wdmoe.bs.fleet import NOBODY
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
@@ -382,6 +382,8 @@ class Pipeline:
         record = BlockRecord(
             pairs, pairs - len(routing.experts), sent, gate_mass, gate_mass_dropped, plan.theta, plan.stopped
         )
+        if self._wire == "int8" and block == flight.number % self._model.n_blocks:
+            flight.record.wire_error = relative_error(attended.hidden, self._wire)  # of one block; the next of another
         flight.step_ms = self._timed(flight, f"stage {block}", started_s)
         flight.record.bs_ms += flight.step_ms
         return Dispatched(attended.residual, attended.hidden, shipments, plan.weights.sum(axis=1), record)

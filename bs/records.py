@@ -37,6 +37,7 @@ class Record:
     latency_ms: float = 0.0
     bs_ms: float = 0.0  # stages, routing, selecting, packing, combining; without the shared experts
     shared_ms: float = 0.0  # the shared experts
+    wire_error: float | None = None  # what int8 lost of the rows of one block, relative
     blocks: list[BlockRecord] = field(default_factory=list)
 
 
@@ -62,6 +63,7 @@ class Summary:
     dropped: int
     skipped: int
     gate_mass_dropped: float  # share of all
+    wire_error: float | None  # what int8 rows lost on their way down, root mean square, relative
     theta_mean: float | None  # of the final thetas, over blocks and microbatches
     theta_stops: dict[str, int]  # why it stopped, how often
 
@@ -80,6 +82,7 @@ def summarise(records: Sequence[Record]) -> Summary:
     latencies = np.repeat([record.latency_ms for record in records], [record.questions for record in records])
     latency = np.percentile(latencies, (50, 95))
     thetas = [block.theta for block in blocks if block.theta is not None]
+    errors = [record.wire_error for record in records if record.wire_error is not None]
     stops: dict[str, int] = {}
     for block in blocks:
         if block.stopped is not None:
@@ -104,6 +107,7 @@ def summarise(records: Sequence[Record]) -> Summary:
         dropped=sum(block.pairs - block.sent for block in blocks),
         skipped=sum(block.skipped for block in blocks),
         gate_mass_dropped=sum(block.gate_mass_dropped for block in blocks) / mass if mass else 0.0,
+        wire_error=float(np.sqrt(np.mean(np.square(errors)))) if errors else None,
         theta_mean=float(np.mean(thetas)) if thetas else None,
         theta_stops=stops,
     )

@@ -103,11 +103,14 @@ def time_table(runs: Sequence[PolicyRun]) -> Group:
             f"{summary.tokens / run.wall_s:.0f}",
             f"{run.wall_s:.1f}",
         )
+    errors = [run.summary.wire_error for run in runs if run.summary.wire_error is not None]
+    lost = f"; int8 on the wire rounds rows by {100 * max(errors):.2f} %" if errors else ""
     return _with_note(
         title,
         table,
         "latency = BS (stages, shared experts) + waiting (only devices and air are at work) + overhead (hand-over, queues of "
-        "the base station); air, device: of the slowest request of each block, partly hidden behind shared experts",
+        "the base station); air, device: of the slowest request of each block, partly hidden behind shared experts"
+        + lost,
     )
 
 

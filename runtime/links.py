@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Peer = bytes  # how the link tells its peers apart; opaque above it
 BS: Peer = b"bs"  # what a device calls its only peer
 _POLLIN = int(zmq.POLLIN)  # an enum's own & takes as long as the question
+_COPIED_BYTES = 1 << 19
 _DRAIN_LIMIT = 256  # parcels taken at once, so that a flooding peer cannot hold the loop
 
 
@@ -80,6 +81,8 @@ class ZmqLink:
         self._dialled = dialled
         self._context = context
         self._socket = sock
+        # Smaller frames are copied, 20 us for 256 KiB: pyzmq hands what it does not copy to a thread, which costs more.
+        self._socket.copy_threshold = _COPIED_BYTES
         self._routed = routed
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_out.setblocking(False)
@@ -133,8 +136,7 @@ class ZmqLink:
     def _send(self, parcel: Parcel) -> None:
         frames: list[Frame] = [parcel.peer, *parcel.frames] if self._routed else list(parcel.frames)
         try:
-            # Copied, 20 us for 256 KiB: pyzmq hands what it does not copy to a thread of its own, which costs more.
-            self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
+            self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
         except zmq.Again:
             return  # no connection or a full queue; the sender's deadline will tell
         except zmq.ZMQError as error:
