@@ -50,7 +50,10 @@ def model_options(function: AnyFunction) -> AnyFunction:
     return _with_options(
         function,
         click.option(
-            "--wire", type=click.Choice(["fp16", "fp32"]), default=DEFAULTS.wire, help="Token rows on the wire."
+            "--wire",
+            type=click.Choice(["fp16", "fp32", "int8"]),
+            default=DEFAULTS.wire,
+            help="Token rows on the wire; int8: with a scale for each row.",
         ),
         click.option("--threads", type=click.IntRange(min=1), default=DEFAULTS.threads, help="Threads of the stages."),
         click.option("--wait", "wait_s", type=float, default=DEFAULTS.wait_s, help="Seconds to wait for the devices."),
@@ -59,6 +62,11 @@ def model_options(function: AnyFunction) -> AnyFunction:
             default=DEFAULTS.bs_holds,
             metavar="N|all|none",
             help="Experts the base station may load itself when a device is lost; N at a time.",
+        ),
+        click.option(
+            "--trace",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Write a timeline there, for https://ui.perfetto.dev: stages, sends, waits, air and devices.",
         ),
         click.option("--health", metavar="HOST:PORT", help="Serve /health there, for wdmoe-bs status and monitors."),
         click.option(

@@ -29,6 +29,7 @@ class StationConfig:
     batch: int = 1  # questions in a microbatch; more raises throughput, and the latency of each question
     wait_s: float = 60.0
     bs_holds: str = "none"  # experts the base station may hold for when a device is lost: a number, all, none
+    trace: Path | None = None  # where to write a timeline
     health: str | None = None  # HOST:PORT to serve /health on
     when_lost: Literal["fail", "skip"] = "fail"  # under policies other than exact
 

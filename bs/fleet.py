@@ -48,6 +48,7 @@ class Fleet:
 
     standings: dict[str, Standing] = field(default_factory=dict)
     gone: dict[str, None] = field(default_factory=dict)  # who left, in that order
+    changes: int = 0  # of anything that `preferred` looks at
 
     def of(self, device: str) -> Standing:
         """Return a device's standing; a new one is healthy."""
@@ -65,6 +66,7 @@ class Fleet:
             self.penalise(device, f"{correction:.1f} x slower than its profile")
         elif standing.health is Health.PENALISED:
             standing.good_answers += 1
+            self.changes += 1
             if standing.good_answers >= GOOD_ANSWERS:
                 self.standings[device] = Standing(failures=standing.failures)
 
@@ -73,6 +75,7 @@ class Fleet:
         standing = self.standings.setdefault(device, Standing())
         if standing.health is not Health.BLOCKED:
             standing.health, standing.reason, standing.good_answers = Health.PENALISED, reason, 0
+            self.changes += 1
 
     def block(self, device: str, reason: str, now_s: float, silent_since_s: float | None = None) -> None:
         """Use a device no more until a probe is answered.
@@ -85,6 +88,7 @@ class Fleet:
         """
         standing = self.of(device)
         pause_s = min(PROBE_LAST_S, 2 * standing.probe_pause_s) if standing.failures else PROBE_FIRST_S
+        self.changes += 1
         self.standings[device] = Standing(
             Health.BLOCKED, reason, 0, standing.failures + 1, now_s + pause_s, pause_s, silent_since_s
         )
@@ -109,6 +113,7 @@ class Fleet:
             first = next(iter(self.gone))
             del self.gone[first]
             self.standings.pop(first, None)
+            self.changes += 1
 
     def on_probe_answered(self, device: str) -> None:
         """Re-admit a blocked device."""
@@ -145,6 +150,7 @@ class Fleet:
 
     def _readmit(self, device: str, why: str) -> None:
         standing = self.of(device)
+        self.changes += 1
         self.standings[device] = Standing(
             Health.PENALISED, why + standing.reason, 0, standing.failures, 0.0, standing.probe_pause_s
         )

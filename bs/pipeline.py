@@ -2,8 +2,9 @@
 
     stage (worker) -> Routing -> select -> Plan -> one ExpertRequest per device -> replies -> combine -> next stage
 
-The loop sends, receives and watches deadlines; everything that computes runs on the worker. While one microbatch
-waits for the air, another runs its stage.
+The loop sends, receives and watches deadlines; what computes runs on the worker. While one microbatch waits for the
+air, another runs its stage. With one microbatch alone, short stages run on the loop's own thread: handing a stage over and
+back costs two switches of thread in every block, and a heartbeat can wait for it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from wdmoe.bs.airtime import Medium, latency_model
-from wdmoe.bs.dispatch import Shipment, combine, split_by_device
+from wdmoe.bs.dispatch import Shipment, combine, relative_error, split_by_device
 from wdmoe.bs.fleet import NOBODY
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
@@ -23,8 +24,9 @@ from wdmoe.bs.microbatch import Microbatch, Result
 from wdmoe.bs.policies import Context, Exact, Policy, select
 from wdmoe.bs.records import BlockRecord, Record
 from wdmoe.bs.requests import Requests, Want, lost_share
-from wdmoe.bs.routing import Floats, Ints, pairs_used, route
+from wdmoe.bs.routing import Floats, Ints, Plan, Routing, pairs_used, route
 from wdmoe.bs.stages import Stages, rope_angles
+from wdmoe.bs.tracing import LOOP, STAGES, WAITS, Trace
 from wdmoe.runtime.errors import DeviceFailed, DevicesMissing
 from wdmoe.runtime.manifest import BsManifest
 from wdmoe.runtime.messages import Rows, Wire
@@ -32,6 +34,7 @@ from wdmoe.runtime.worker import Worker
 
 _STAND_IN = DeviceLatency(((1, 1.0),), 0.0)  # of experts that no device runs now: they are not measured
 RECOVER_S = 2.0  # at the start of a run, for devices that were blocked in an earlier one
+SHORT_MS = 20.0  # what took no longer in the block before may hold up the loop
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,8 @@ class Flight:
     shared_pending: bool = False
     result: Result | None = None
     stage_done_s: float = 0.0
+    step_ms: float = float("inf")  # what the last step took; of the first, nothing is known
+    shared_ms: float = float("inf")  # and the last shared expert
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +94,9 @@ class Workers:
 
     names: tuple[str, ...]
     owner: Ints  # [n_experts], index into names
-    latencies: tuple[DeviceLatency, ...]  # of each name
 
 
-_NO_WORKERS = Workers((), np.empty(0, np.int64), ())
+_NO_WORKERS = Workers((), np.empty(0, np.int64))
 
 
 class Pipeline:
@@ -107,6 +111,7 @@ class Pipeline:
         wire: Wire = "fp16",
         held: HeldExperts | None = None,
         skip_lost: bool = False,
+        trace: Trace | None = None,
         medium: Medium = "own",
         on_dispatch: Callable[[Sequence[Shipment]], Sequence[int]] = lambda shipments: range(len(shipments)),
     ) -> None:
@@ -120,9 +125,11 @@ class Pipeline:
             wire: precision of the rows on the wire.
             held: experts that the base station keeps for when a device is lost.
             skip_lost: whether a policy other than exact may leave out what is lost.
+            trace: collects a timeline.
             medium: what the devices' links are, for the latency model.
             on_dispatch: told what one microbatch is to send in one block; returns in which order.
         """
+        self._trace = trace
         self._hub = hub
         self._stages = stages
         self._model = manifest.model
@@ -132,9 +139,11 @@ class Pipeline:
         self._on_dispatch = on_dispatch
         self.on_router: Callable[[int, Floats], None] | None = None  # told each block's logits, on the worker
         self._worker = make_worker(hub.wake)
-        self.requests = Requests(hub, held, self._run_held)
+        self.requests = Requests(hub, held, self._run_held, trace)
         self._flights: list[Flight] = []
         self._landed: list[Flight] = []
+        self._known_workers: dict[tuple[int, bool], Workers] = {}  # while nobody comes, goes or fails
+        self._known_at = self._served_at = (-1, -1)
 
     def run(
         self, microbatches: Iterable[Microbatch], policy: Policy, in_flight: int = 1
@@ -188,8 +197,15 @@ class Pipeline:
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def _turn(self, policy: Policy) -> None:
-        now_s = self._hub.clock.now_s()
-        self.requests.on_events(self._hub.turn(max(0.0, min(1.0, self.requests.next_check_s() - now_s))))
+        started_s = self._hub.clock.now_s()
+        events = self._hub.turn(0.0)
+        if self._trace is not None:
+            self._trace.add(LOOP, "send", started_s, self._hub.clock.now_s())
+        self.requests.check()  # while what was just sent is on its way
+        if not events and not self._worker.due():
+            wait_s = min(1.0, self.requests.next_check_s() - self._hub.clock.now_s())
+            events = self._hub.turn(max(0.0, wait_s))
+        self.requests.on_events(events)
         for done in self._worker.finished():
             if done.error is not None:
                 raise done.error
@@ -198,19 +214,21 @@ class Pipeline:
             if isinstance(outcome, Held):
                 outcome.take(outcome.sums)
             elif flight is not None and flight in self._flights:
-                if not isinstance(outcome, Shared):
-                    flight.record.bs_ms += done.took_s * 1e3
-                self._on_computed(flight, outcome, policy)
-        self.requests.check()
+                self._on_computed(flight, outcome, done.took_s * 1e3, policy)
 
     def _recover(self, policy: Policy) -> None:
         """Probe what was blocked in an earlier run, and wait for the answers if it is needed."""
         self.requests.probe_blocked()
         deadline_s = self._hub.clock.now_s() + RECOVER_S
-        while (
-            self._hub.clock.now_s() < deadline_s and not self._may_skip(policy) and self.requests.unserved(self._model)
-        ):
+        while self._hub.clock.now_s() < deadline_s and not self._may_skip(policy) and not self._all_served():
             self.requests.on_events(self._hub.turn(0.1))
+
+    def _all_served(self) -> bool:
+        """Whether every expert has somebody who may run it; looked up anew only when that may have changed."""
+        now_at = (self._hub.changes, self.requests.fleet.changes)
+        if now_at != self._served_at and not self.requests.unserved(self._model):
+            self._served_at = now_at
+        return now_at == self._served_at
 
     def _depart(self, number: int, microbatch: Microbatch, policy: Policy) -> None:
         now_s = self._hub.clock.now_s()
@@ -220,15 +238,20 @@ class Pipeline:
         self._flights.append(flight)
         self._submit_step(flight, None, policy)
 
-    def _on_computed(self, flight: Flight, outcome: Dispatched | Result | Shared, policy: Policy) -> None:
+    def _on_computed(
+        self, flight: Flight, outcome: Dispatched | Result | Shared, took_ms: float, policy: Policy
+    ) -> None:
         now_s = self._hub.clock.now_s()
         match outcome:
             case Result():
                 flight.result = outcome
+                flight.record.bs_ms += took_ms
                 flight.record.latency_ms = (now_s - flight.started_s) * 1e3
                 self._flights.remove(flight)
                 self._landed.append(flight)
             case Dispatched():
+                flight.step_ms = took_ms
+                flight.record.bs_ms += took_ms
                 flight.residual, flight.asked_weight = outcome.residual, outcome.asked_weight
                 flight.record.blocks.append(outcome.record)
                 flight.stage_done_s = now_s
@@ -236,8 +259,11 @@ class Pipeline:
                 if self._model.shared_expert:
                     # Runs while the rows are on the air.
                     block, hidden = flight.block, outcome.hidden
-                    self._worker.submit(lambda: (flight, Shared(self._stages.shared(block, hidden))))
+                    short = self._is_short(flight.shared_ms)
+                    self._worker.submit(lambda: (flight, self._run_shared(flight, block, hidden)), short)
             case Shared(rows=rows):
+                flight.shared_ms = took_ms
+                flight.record.shared_ms += took_ms
                 flight.shared, flight.shared_pending = rows, False
                 flight.stage_done_s = now_s
                 self._continue_if_complete(flight, policy)
@@ -260,7 +286,10 @@ class Pipeline:
     def _continue_if_complete(self, flight: Flight, policy: Policy) -> None:
         if flight.waiting or flight.shared_pending:
             return
-        flight.record.blocks[-1].waiting_ms = (self._hub.clock.now_s() - flight.stage_done_s) * 1e3
+        now_s = self._hub.clock.now_s()
+        flight.record.blocks[-1].waiting_ms = (now_s - flight.stage_done_s) * 1e3
+        if self._trace is not None:
+            self._trace.add(WAITS, f"block {flight.block} of {flight.microbatch.name}", flight.stage_done_s, now_s)
         rows, width, shared, wants = len(flight.microbatch.token_ids), self._model.d_model, flight.shared, flight.wants
         assert flight.asked_weight is not None
         lost = lost_share(rows, wants, flight.asked_weight)
@@ -273,8 +302,28 @@ class Pipeline:
 
     def _submit_step(self, flight: Flight, combined: Callable[[], Floats] | None, policy: Policy) -> None:
         block, residual = flight.block, flight.residual
-        workers = self._workers(block, self._may_skip(policy)) if block < self._model.n_blocks else _NO_WORKERS
-        self._worker.submit(lambda: (flight, self._step(flight, block, residual, combined, workers, policy)))
+        last = block == self._model.n_blocks  # with the head: another thing than the steps before it
+        workers = _NO_WORKERS if last else self._workers(block, self._may_skip(policy))
+        latencies = () if last or isinstance(policy, Exact) else self._latencies(workers)
+        short = not last and self._is_short(flight.step_ms)
+        self._worker.submit(
+            lambda: (flight, self._step(flight, block, residual, combined, workers, latencies, policy)), short
+        )
+
+    def _is_short(self, last_ms: float) -> bool:
+        """Whether a job may run on the loop's own thread: nothing else could use that time, and it is not long."""
+        return len(self._flights) == 1 and last_ms <= SHORT_MS
+
+    def _run_shared(self, flight: Flight, block: int, hidden: Floats) -> Shared:
+        started_s = self._hub.clock.now_s()
+        rows = self._stages.shared(block, hidden)
+        self._note(flight, f"shared expert {block}", started_s)
+        return Shared(rows)
+
+    def _note(self, flight: Flight, what: str, started_s: float) -> None:
+        """Tell the trace what the worker did since."""
+        if self._trace is not None:
+            self._trace.add(STAGES, f"{what} of {flight.microbatch.name}", started_s, self._hub.clock.now_s())
 
     def _run_held(self, job: Callable[[], Rows], take: Callable[[Rows], None]) -> None:
         self._worker.submit(lambda: (None, Held(job(), take)))
@@ -283,7 +332,12 @@ class Pipeline:
         return self._skip_lost and not isinstance(policy, Exact)
 
     def _workers(self, block: int, may_skip: bool) -> Workers:
-        """Say who runs which expert of a block now, and how fast they are."""
+        """Say who runs which expert of a block now."""
+        now_at = (self._hub.changes, self.requests.fleet.changes)
+        if now_at != self._known_at:
+            self._known_workers, self._known_at = {}, now_at
+        if (known := self._known_workers.get((block, may_skip))) is not None:
+            return known
         holders: list[str] = []
         for expert in range(self._model.n_experts):
             holder = self.requests.preferred(block, expert)
@@ -291,9 +345,14 @@ class Pipeline:
                 raise self._nobody(block, expert)
             holders.append(holder or NOBODY)
         names = tuple(sorted(set(holders)))
+        workers = Workers(names, np.array([names.index(holder) for holder in holders]))
+        self._known_workers[block, may_skip] = workers
+        return workers
+
+    def _latencies(self, workers: Workers) -> tuple[DeviceLatency, ...]:
+        """Return how fast each of the workers is."""
         devices = self._hub.devices
-        latencies = tuple(devices[name].latency.model() if name in devices else _STAND_IN for name in names)
-        return Workers(names, np.array([names.index(holder) for holder in holders]), latencies)
+        return tuple(devices[name].latency.model() if name in devices else _STAND_IN for name in workers.names)
 
     def _nobody(self, block: int, expert: int) -> DeviceFailed | DevicesMissing:
         for device in self.requests.holders(block, expert):
@@ -309,35 +368,59 @@ class Pipeline:
         residual: Floats | None,
         combined: Callable[[], Floats] | None,
         workers: Workers,
+        latencies: tuple[DeviceLatency, ...],
         policy: Policy,
     ) -> Dispatched | Result:
         """Combine, run the stage, route, select, pack: all that is computed between two waits for devices."""
+        started_s = self._hub.clock.now_s()
         moe_out = combined() if combined is not None else None
         microbatch = flight.microbatch
         if block == self._model.n_blocks:
             assert residual is not None and moe_out is not None
-            return self._stages.finish(microbatch, residual, moe_out)
+            result = self._stages.finish(microbatch, residual, moe_out)
+            self._note(flight, "head", started_s)
+            return result
         attended = self._stages.attend(block, microbatch, flight.angles, residual, moe_out)
         if self.on_router is not None:
             self.on_router(block, attended.router_logits)
         routing = route(attended.router_logits, self._model.top_k, self._model.norm_top_k)
         owner = workers.owner
-        counts = np.bincount(routing.experts.ravel(), minlength=self._model.n_experts)
-        context = Context(
-            block,
-            latency_model(workers.latencies, len(routing.experts), medium=self._medium),
-            probabilities=route(attended.router_logits, self._model.n_experts, normalise=False).by_expert(),
-        )
-        plan = select(routing, owner, row_ms(workers.latencies, counts, owner), policy, context)
+        plan = self._select(block, routing, attended.router_logits, owner, latencies, policy)
         shipments = split_by_device(block, routing, plan, owner, workers.names, attended.hidden, self._wire)
-        wanted = pairs_used(routing.experts, np.ones_like(plan.keep), owner, len(workers.names))
+        sent = pairs = sum(len(shipment.rows) for shipment in shipments)
+        gate_mass_dropped = 0.0
+        if not isinstance(policy, Exact):
+            pairs = int(pairs_used(routing.experts, np.ones_like(plan.keep), owner, len(workers.names)).sum())
+            gate_mass_dropped = plan.dropped_mass(routing)
         record = BlockRecord(
-            pairs=int(wanted.sum()),
-            droppable=int(wanted.sum()) - len(wanted),
-            sent=sum(len(shipment.rows) for shipment in shipments),
+            pairs=pairs,
+            droppable=pairs - len(routing.experts),
+            sent=sent,
             gate_mass=float(routing.weights.sum()),
-            gate_mass_dropped=plan.dropped_mass(routing),
+            gate_mass_dropped=gate_mass_dropped,
             theta=plan.theta,
             stopped=plan.stopped,
         )
+        if self._wire == "int8" and block == flight.number % self._model.n_blocks:
+            flight.record.wire_error = relative_error(attended.hidden, self._wire)  # of one block; the next of another
+        self._note(flight, f"stage {block}", started_s)
         return Dispatched(attended.residual, attended.hidden, shipments, plan.weights.sum(axis=1), record)
+
+    def _select(
+        self,
+        block: int,
+        routing: Routing,
+        router_logits: Floats,
+        owner: Ints,
+        latencies: tuple[DeviceLatency, ...],
+        policy: Policy,
+    ) -> Plan:
+        if isinstance(policy, Exact):  # it looks at no latency, and what would tell it any takes as long as routing
+            return select(routing, owner, np.empty(0), policy)
+        counts = np.bincount(routing.experts.ravel(), minlength=self._model.n_experts)
+        context = Context(
+            block,
+            latency_model(latencies, len(routing.experts), medium=self._medium),
+            probabilities=route(router_logits, self._model.n_experts, normalise=False).by_expert(),
+        )
+        return select(routing, owner, row_ms(latencies, counts, owner), policy, context)

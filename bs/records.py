@@ -21,6 +21,7 @@ class BlockRecord:
     stopped: str | None
     waiting_ms: float = 0.0  # attention waiting: the base station has nothing left to do for this microbatch
     device_ms: float = 0.0  # the longest compute time a device reported
+    air_ms: float = 0.0  # the longest time of a request in which its device neither computed it nor kept it in a queue
     bytes_down: int = 0
     bytes_up: int = 0
     skipped: int = 0  # pairs that were sent to a device that was lost, and left out
@@ -35,6 +36,8 @@ class Record:
     questions: int = 1  # in the microbatch; each of them took as long as it
     latency_ms: float = 0.0
     bs_ms: float = 0.0  # stages, routing, selecting, packing, combining; without the shared experts
+    shared_ms: float = 0.0  # the shared experts
+    wire_error: float | None = None  # what int8 lost of the rows of one block, relative
     blocks: list[BlockRecord] = field(default_factory=list)
 
 
@@ -47,9 +50,12 @@ class Summary:
     latency_mean_ms: float
     latency_p50_ms: float
     latency_p95_ms: float
+    latency_share_ms: float  # mean per question: its share of its microbatch's latency, as are the parts that follow
     waiting_ms: float  # mean per question
     bs_ms: float  # mean per question
+    shared_ms: float  # mean per question
     device_ms: float  # mean per question, the slowest device of each block
+    air_ms: float  # mean per question, the slowest request of each block
     bytes_down: int
     bytes_up: int
     pairs: int
@@ -57,6 +63,7 @@ class Summary:
     dropped: int
     skipped: int
     gate_mass_dropped: float  # share of all
+    wire_error: float | None  # what int8 rows lost on their way down, root mean square, relative
     theta_mean: float | None  # of the final thetas, over blocks and microbatches
     theta_stops: dict[str, int]  # why it stopped, how often
 
@@ -75,6 +82,7 @@ def summarise(records: Sequence[Record]) -> Summary:
     latencies = np.repeat([record.latency_ms for record in records], [record.questions for record in records])
     latency = np.percentile(latencies, (50, 95))
     thetas = [block.theta for block in blocks if block.theta is not None]
+    errors = [record.wire_error for record in records if record.wire_error is not None]
     stops: dict[str, int] = {}
     for block in blocks:
         if block.stopped is not None:
@@ -86,9 +94,12 @@ def summarise(records: Sequence[Record]) -> Summary:
         latency_mean_ms=float(latencies.mean()),
         latency_p50_ms=float(latency[0]),
         latency_p95_ms=float(latency[1]),
+        latency_share_ms=sum(record.latency_ms for record in records) / questions,
         waiting_ms=sum(block.waiting_ms for block in blocks) / questions,
         bs_ms=sum(record.bs_ms for record in records) / questions,
+        shared_ms=sum(record.shared_ms for record in records) / questions,
         device_ms=sum(block.device_ms for block in blocks) / questions,
+        air_ms=sum(block.air_ms for block in blocks) / questions,
         bytes_down=sum(block.bytes_down for block in blocks),
         bytes_up=sum(block.bytes_up for block in blocks),
         pairs=sum(block.pairs for block in blocks),
@@ -96,6 +107,7 @@ def summarise(records: Sequence[Record]) -> Summary:
         dropped=sum(block.pairs - block.sent for block in blocks),
         skipped=sum(block.skipped for block in blocks),
         gate_mass_dropped=sum(block.gate_mass_dropped for block in blocks) / mass if mass else 0.0,
+        wire_error=float(np.sqrt(np.mean(np.square(errors)))) if errors else None,
         theta_mean=float(np.mean(thetas)) if thetas else None,
         theta_stops=stops,
     )

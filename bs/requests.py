@@ -20,6 +20,7 @@ from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import HEARTBEAT_S, Complained, Event, Hub, Joined, Left, Replied
 from wdmoe.bs.records import BlockRecord
 from wdmoe.bs.routing import Floats, Ints
+from wdmoe.bs.tracing import Reply, Trace
 from wdmoe.runtime.errors import DeviceError, DeviceFailed, DeviceTimeout
 from wdmoe.runtime.manifest import ModelSpec
 from wdmoe.runtime.messages import ExpertReply, ExpertRequest, Message, Rows, unpack_rows
@@ -68,10 +69,20 @@ class Pending:
     shipment: Shipment
     message: Message
     sent_s: float
-    predicted_ms: float
-    allowed_s: float  # from sending to the answer, before the device is suspected
     check_s: float  # when to look next
-    hedge_s: float  # when to ask another as well
+    predicted_ms: float = 0.0
+    allowed_s: float = LATE_AT_LEAST_S  # from sending to the answer, before the device is suspected
+    hedge_s: float = float("inf")  # when to ask another as well
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an answer says of its device."""
+
+    device: str
+    counts: tuple[int, ...]  # rows of each expert called
+    rows: int
+    took_ms: float  # without what it waited behind other requests, which says nothing about the device
 
 
 RunHeld = Callable[[Callable[[], Rows], Callable[[Rows], None]], None]
@@ -80,14 +91,16 @@ RunHeld = Callable[[Callable[[], Rows], Callable[[Rows], None]], None]
 class Requests:
     """Sends requests and sees to it that each is answered, replaced, or ends the run with a name."""
 
-    def __init__(self, hub: Hub, held: HeldExperts | None, run_held: RunHeld) -> None:
+    def __init__(self, hub: Hub, held: HeldExperts | None, run_held: RunHeld, trace: Trace | None = None) -> None:
         """Start with nothing out.
 
         Args:
             hub: the devices.
             held: experts at the base station, if it keeps any.
             run_held: runs a job where it may take long, then calls back with its result.
+            trace: collects a timeline.
         """
+        self._trace = trace
         self.fleet = Fleet()
         self.late_replies = 0
         self.counts: Counter[str] = Counter()  # replaced, hedged, skipped
@@ -95,6 +108,8 @@ class Requests:
         self._held = held
         self._run_held = run_held
         self._pending: dict[int, Pending] = {}
+        self._unassessed: list[Pending] = []  # sent, without deadlines so far
+        self._answers: list[Answer] = []  # taken, their devices not judged by them so far
         self._probes: dict[int, str] = {}  # request id -> device
         self._next_id = 0
 
@@ -105,6 +120,7 @@ class Requests:
     def abandon(self) -> None:
         """Forget what is out: what still comes is late, and counted."""
         self._pending.clear()
+        self._unassessed.clear()
 
     def next_check_s(self) -> float:
         """Return when `check` has something to do; infinity if nothing is out."""
@@ -185,14 +201,15 @@ class Requests:
             self._fail(DeviceFailed(name, f"sent rows that are not finite for block {block}"))
             return
         del self._pending[header.request_id]
-        took_ms = (self._hub.clock.now_s() - pending.sent_s) * 1e3
-        tracker = self._hub.devices[name].latency
-        # What it waited behind other requests says nothing about the device.
-        request = pending.shipment.request
-        tracker.observe_request(request.counts, took_ms - header.queue_us / 1e3, request.rows)
-        self.fleet.on_good_answer(name, tracker.model().correction)
+        now_s, request = self._hub.clock.now_s(), pending.shipment.request
+        took_ms = (now_s - pending.sent_s) * 1e3 - header.queue_us / 1e3
+        if self._trace is not None:
+            times_s = (pending.sent_s, now_s, header.queue_us / 1e6, header.compute_us / 1e6)
+            self._trace.replies.append(Reply(name, request.block, want.name, *times_s))
+        self._answers.append(Answer(name, request.counts, request.rows, took_ms))
         want.record.bytes_up += message_bytes(message)
         want.record.device_ms = max(want.record.device_ms, header.compute_us / 1e3)
+        want.record.air_ms = max(want.record.air_ms, took_ms - header.compute_us / 1e3)
         self._on_part(want, pending.attempt, name, (pending.shipment.rows, rows))
 
     def _on_part(self, want: Want, attempt: Attempt, device: str, partial: Partial) -> None:
@@ -221,9 +238,15 @@ class Requests:
     def check(self) -> None:
         """Hedge what is slow, replace what is lost, probe what is blocked.
 
+        To be called right after sending: what need not be done before rows are on their way is done here.
+
         Raises:
             DeviceTimeout: a device is lost and nothing can take its place.
         """
+        self._judge()
+        for pending in self._unassessed:
+            self._assess(pending)
+        self._unassessed.clear()
         now_s = self._hub.clock.now_s()
         for pending in list(self._pending.values()):
             if pending.want.attempts and now_s >= pending.hedge_s:
@@ -239,6 +262,29 @@ class Requests:
                 self._on_silent(device.name, device.last_heard_s, now_s)
         for name in self.fleet.probes_due(self._hub.devices, now_s):
             self._probe(name)
+
+    def _judge(self) -> None:
+        """Let the answers that came correct what is thought of their devices."""
+        for answer in self._answers:
+            if (device := self._hub.devices.get(answer.device)) is not None:
+                device.latency.observe_request(answer.counts, answer.took_ms, answer.rows)
+                self.fleet.on_good_answer(answer.device, device.latency.model().correction)
+        self._answers.clear()
+
+    def _assess(self, pending: Pending) -> None:
+        """Say how long a request may take."""
+        part = pending.shipment
+        if (device := self._hub.devices.get(part.device)) is None:
+            return  # it left a moment ago: the hub is about to say so
+        pending.predicted_ms = device.latency.model().request_ms(part.request.counts, part.request.rows)
+        p95_s = (
+            min(WORST_TAIL, device.latency.profile.tail_ratio)
+            * sum(p.predicted_ms for p in self._of(part.device))
+            / 1e3
+        )
+        pending.allowed_s = min(LATE_AT_MOST_S, max(LATE_AT_LEAST_S, LATE_TIMES_P95 * p95_s))
+        pending.check_s = pending.sent_s + pending.allowed_s
+        pending.hedge_s = pending.sent_s + min(HEDGE_AT_MOST_S, max(HEDGE_AT_LEAST_S, p95_s))
 
     def _on_silent(self, name: str, heard_s: float, now_s: float) -> None:
         """Give a silent device no more work; what it owes has deadlines of its own."""
@@ -351,18 +397,9 @@ class Requests:
     def _send(self, want: Want, attempt: Attempt, part: Shipment) -> None:
         number = self._new_id()
         message = Message(msgspec.structs.replace(part.request, request_id=number), part.packed)
-        device, now_s = self._hub.devices[part.device], self._hub.clock.now_s()
-        predicted_ms = device.latency.model().request_ms(part.request.counts, part.request.rows)
-        p95_s = (
-            min(WORST_TAIL, device.latency.profile.tail_ratio)
-            * (predicted_ms + sum(p.predicted_ms for p in self._of(part.device)))
-            / 1e3
-        )
-        allowed_s = min(LATE_AT_MOST_S, max(LATE_AT_LEAST_S, LATE_TIMES_P95 * p95_s))
-        self._pending[number] = Pending(
-            want, attempt, part, message, now_s, predicted_ms, allowed_s,
-            check_s=now_s + allowed_s, hedge_s=now_s + min(HEDGE_AT_MOST_S, max(HEDGE_AT_LEAST_S, p95_s)),
-        )  # fmt: skip
+        now_s = self._hub.clock.now_s()
+        self._pending[number] = Pending(want, attempt, part, message, now_s, now_s + LATE_AT_LEAST_S)
+        self._unassessed.append(self._pending[number])
         want.record.bytes_down += message_bytes(message)
         self._hub.send(part.device, message)
 

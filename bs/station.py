@@ -14,6 +14,7 @@ from wdmoe.bs.hub import Hub
 from wdmoe.bs.pipeline import Outcome, Pipeline
 from wdmoe.bs.roster import BS_KEY_NAME, ROSTER_NAME, FileRoster
 from wdmoe.bs.stages import Stages
+from wdmoe.bs.tracing import Trace
 from wdmoe.runtime.clock import RealClock
 from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.keys import read_key
@@ -73,10 +74,12 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
             return ThreadWorker("stages", wake)
 
         skip_lost = config.when_lost == "skip"
-        pipeline = Pipeline(
-            hub, stages, manifest, make_worker, config.wire, held_experts(config, folder, manifest), skip_lost
-        )
+        trace = Trace() if config.trace is not None else None
+        held = held_experts(config, folder, manifest)
+        pipeline = Pipeline(hub, stages, manifest, make_worker, config.wire, held, skip_lost, trace)
         with ExitStack() as stack:
+            if trace is not None and config.trace is not None:
+                stack.callback(trace.write, config.trace)  # also of a run that fails
             stack.callback(pipeline.close)
             if config.health is not None:
                 url = stack.enter_context(serve_health(config.health, lambda: snapshot(hub, pipeline, manifest)))

@@ -83,26 +83,34 @@ def _policy_table(runs: Sequence[PolicyRun], link: str, devices: int) -> Group:
 
 def time_table(runs: Sequence[PolicyRun], virtual: bool = False) -> Group:
     """Show where the time of a question goes, and how much was done in all."""
-    title = f"Where the {'virtual ' if virtual else ''}time of a question goes, mean ms"
+    title = f"Where the {'virtual ' if virtual else ''}time of a question goes, mean ms of its share of a microbatch"
     table = _table()
     several = len({run.evaluation.dataset for run in runs}) > 1
     if several:
         table.add_column("data set", no_wrap=True)
     table.add_column("policy", overflow="fold", min_width=5)
-    for heading in ("latency", "BS stages", "device", "other", "tokens/s", "wall s"):
+    for heading in ("latency", "BS", "waiting", "overhead", "air", "device", "tokens/s", "wall s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
         summary = run.summary
-        other = summary.latency_mean_ms - summary.bs_ms - summary.device_ms
+        bs_ms = summary.bs_ms + summary.shared_ms
+        overhead_ms = summary.latency_share_ms - bs_ms - summary.waiting_ms
+        split_ms = (summary.latency_share_ms, bs_ms, summary.waiting_ms, overhead_ms, summary.air_ms, summary.device_ms)
         table.add_row(
             *([run.evaluation.dataset] if several else []),
             run.policy,
-            *(f"{ms:.0f}" for ms in (summary.latency_mean_ms, summary.bs_ms, summary.device_ms, other)),
+            *(f"{ms:.0f}" for ms in split_ms),
             f"{summary.tokens / run.clock_s:.0f}",
             f"{run.wall_s:.1f}",
         )
+    errors = [run.summary.wire_error for run in runs if run.summary.wire_error is not None]
+    lost = f"; int8 on the wire rounds rows by {100 * max(errors):.2f} %" if errors else ""
     return _with_note(
-        title, table, "device: the slowest of each block; other: shared experts, the link, queues, hand-over"
+        title,
+        table,
+        "latency = BS (stages, shared experts) + waiting (only devices and air are at work) + overhead (hand-over, queues of "
+        "the base station); air, device: of the slowest request of each block, partly hidden behind shared experts"
+        + lost,
     )
 
 

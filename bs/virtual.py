@@ -192,8 +192,8 @@ def open_virtual_station(config: StationConfig, virtual: VirtualConfig, say: Say
         config.wire,
         held,
         config.when_lost == "skip",
-        "shared" if virtual.channel == "shared" else "pooled" if virtual.bandwidth == "per-block" else "own",
-        transmitter.dispatch,
+        medium="shared" if virtual.channel == "shared" else "pooled" if virtual.bandwidth == "per-block" else "own",
+        on_dispatch=transmitter.dispatch,
     )
     try:
         yield Station(config, folder, manifest, hub, pipeline, virtual)

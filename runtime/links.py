@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Peer = bytes  # how the link tells its peers apart; opaque above it
 BS: Peer = b"bs"  # what a device calls its only peer
+_POLLIN = int(zmq.POLLIN)  # an enum's own & takes as long as the question
+_COPIED_BYTES = 1 << 19
 _DRAIN_LIMIT = 256  # parcels taken at once, so that a flooding peer cannot hold the loop
 
 
@@ -79,6 +81,8 @@ class ZmqLink:
         self._dialled = dialled
         self._context = context
         self._socket = sock
+        # Smaller frames are copied, 20 us for 256 KiB: pyzmq hands what it does not copy to a thread, which costs more.
+        self._socket.copy_threshold = _COPIED_BYTES
         self._routed = routed
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_out.setblocking(False)
@@ -97,7 +101,7 @@ class ZmqLink:
         for parcel in outgoing:
             self._send(parcel)
         arrived = self._drain()
-        if not arrived:
+        if not arrived and timeout_s > 0:
             ready = dict(self._poller.poll(max(0, round(timeout_s * 1000 + 0.5))))
             if self._wake_in.fileno() in ready or self._wake_in in ready:
                 self._clear_wake()
@@ -141,11 +145,8 @@ class ZmqLink:
 
     def _drain(self) -> list[Parcel]:
         arrived: list[Parcel] = []
-        while len(arrived) < _DRAIN_LIMIT:
-            try:
-                frames = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                break
+        while len(arrived) < _DRAIN_LIMIT and int(self._socket.get(zmq.EVENTS)) & _POLLIN:
+            frames = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
             if self._routed:
                 arrived.append(Parcel(frames[0].bytes, [frame.buffer for frame in frames[1:]], _user_id(frames[0])))
             else:

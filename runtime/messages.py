@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -16,15 +17,18 @@ import numpy.typing as npt
 
 from wdmoe.profiles.device_profile import DeviceProfile
 from wdmoe.runtime.errors import ProtocolError
+from wdmoe.runtime.half import rounded_to_float16, widened_to_float32
+from wdmoe.runtime.int8_rows import SCALE_BYTES, pack_int8, scales_hold, unpack_int8
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_HEADER_BYTES = 4 << 20
 MAX_ROWS = 8_192  # of one request; bounds what a peer can make the other side allocate
 
+_FLOAT16_END = 65_520.0  # from here on, float16 rounds to infinity
 _QUOTED = 300  # characters of a reason
 
-Wire = Literal["fp32", "fp16"]
-_WIRE_DTYPES: dict[str, npt.DTypeLike] = {"fp32": "<f4", "fp16": "<f2"}
+Wire = Literal["fp32", "fp16", "int8"]
+_WIRE_DTYPES: dict[str, npt.DTypeLike] = {"fp32": "<f4", "fp16": "<f2", "int8": "i1"}
 
 Rows = npt.NDArray[np.float32]  # [n, d_model]
 Frame = bytes | bytearray | memoryview
@@ -125,10 +129,10 @@ _decoder = msgspec.msgpack.Decoder(Header)
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message: a header and, with requests and replies, rows as they travel (float32 or float16)."""
+    """One message: a header and, with requests and replies, rows as they travel."""
 
     header: Header
-    rows: npt.NDArray[Any] | None = None  # [n, d_model], C order, dtype as header.wire says
+    rows: npt.NDArray[Any] | None = None  # [n, d_model], C order, dtype as header.wire says; int8: with their scales
 
 
 def encode(message: Message) -> list[Frame]:
@@ -164,7 +168,8 @@ def decode(frames: Sequence[Frame], d_model: int) -> Message:
     if len(frames) != 2:
         raise ProtocolError(f"{type(header).__name__} came without its tensor frame")
     dtype = np.dtype(_WIRE_DTYPES[header.wire])
-    expected = header.rows * d_model * dtype.itemsize
+    width = d_model + SCALE_BYTES if header.wire == "int8" else d_model
+    expected = header.rows * width * dtype.itemsize
     if len(frames[1]) != expected:
         raise ProtocolError(
             f"{type(header).__name__}: tensor frame of {len(frames[1])} bytes, "
@@ -172,7 +177,10 @@ def decode(frames: Sequence[Frame], d_model: int) -> Message:
         )
     if isinstance(header, ExpertRequest):
         _check_groups(header)
-    return Message(header, np.frombuffer(frames[1], dtype).reshape(header.rows, d_model))
+    rows = np.frombuffer(frames[1], dtype).reshape(header.rows, width)
+    if header.wire == "int8" and not scales_hold(rows):
+        raise ProtocolError(f"{type(header).__name__}: a row's scale is negative, too large or not a number")
+    return Message(header, rows)
 
 
 def request_index(header: ExpertRequest) -> npt.NDArray[np.uint32]:
@@ -186,18 +194,21 @@ def request_weights(header: ExpertRequest) -> npt.NDArray[np.float32]:
 
 
 def pack_rows(rows: Rows, wire: Wire) -> tuple[npt.NDArray[Any], Wire]:
-    """Convert rows for the wire; rows that float16 cannot hold travel as float32 instead."""
+    """Convert rows for the wire; rows that it cannot hold travel as float32 instead."""
+    if wire == "int8" and np.isfinite(rows).all():
+        return pack_int8(rows), "int8"
     if wire == "fp16":
-        with np.errstate(over="ignore"):
-            packed = rows.astype("<f2")
-        if np.isfinite(packed).all() or not np.isfinite(rows).all():
-            return packed, "fp16"
+        fits = rows.min() > -_FLOAT16_END and rows.max() < _FLOAT16_END
+        if fits or not np.isfinite(rows).all():  # what is not finite stays so; whoever gets it refuses it
+            return rounded_to_float16(rows), "fp16"
     return np.ascontiguousarray(rows, "<f4"), "fp32"
 
 
 def unpack_rows(rows: npt.NDArray[Any]) -> Rows:
     """Bring rows off the wire to float32; float32 rows are not copied."""
-    return rows.astype(np.float32, copy=False)
+    if rows.dtype == np.int8:
+        return unpack_int8(rows)
+    return widened_to_float32(rows) if rows.dtype == np.float16 else rows
 
 
 def _check_groups(header: ExpertRequest) -> None:
@@ -211,12 +222,11 @@ def _check_groups(header: ExpertRequest) -> None:
             f"counts sum to {total}, so index and weights have {4 * total} bytes each; "
             f"got {len(header.index)} and {len(header.weights)}"
         )
-    index = request_index(header).astype(np.int64)
+    index = request_index(header)
     if int(index.max()) >= header.rows:
         raise ProtocolError(f"index {int(index.max())} is outside the {header.rows} rows")
-    ascends = np.diff(index) > 0
-    ascends[np.cumsum(header.counts[:-1], dtype=np.int64) - 1] = True  # a new expert may start anywhere
-    if not ascends.all():
+    falls = np.flatnonzero(index[1:] <= index[:-1]) + 1
+    if not set(falls.tolist()).issubset(accumulate(header.counts)):  # a new expert may start anywhere
         raise ProtocolError("index does not ascend within an expert")
     if not np.isfinite(request_weights(header)).all():
         raise ProtocolError("a weight is not finite")

@@ -99,13 +99,17 @@ class VirtualWorker(Generic[Result]):
         self._ended: list[tuple[float, Done[Result]]] = []  # ascending: one job after another
         self._free_s = float("-inf")
 
-    def submit(self, job: Callable[[], Result]) -> None:
+    def submit(self, job: Callable[[], Result], short: bool = False) -> None:
         """Run a job; it counts as ended when those before it and its own time are over."""
         done = run_job(job)
         took_s = self._cost_s(done.result)
         self._free_s = max(self._clock.now_s(), self._free_s) + took_s
         self._ended.append((self._free_s, Done(done.result, done.error, took_s)))
         self._wake_at(self._free_s)
+
+    def due(self) -> bool:
+        """Whether anything has ended by now."""
+        return bool(self._ended) and self._ended[0][0] <= self._clock.now_s()
 
     def finished(self) -> list[Done[Result]]:
         """Take what has ended by now."""

@@ -26,12 +26,16 @@ class Done(Generic[Result]):
 class Worker(Protocol[Result]):
     """Runs jobs one after another, in the order they were submitted."""
 
-    def submit(self, job: Callable[[], Result]) -> None:
-        """Queue a job."""
+    def submit(self, job: Callable[[], Result], short: bool = False) -> None:
+        """Queue a job; a short one may be run by `finished`, on its caller's thread, without two switches of thread."""
+        ...
+
+    def due(self) -> bool:
+        """Whether `finished` has something to run or to return: whoever waits for anything else should not."""
         ...
 
     def finished(self) -> list[Done[Result]]:
-        """Take what has ended since the last call, in the order it was submitted."""
+        """Run what is due here; take what has ended since the last call, in the order it was submitted."""
         ...
 
     def abandon(self) -> None:
@@ -44,10 +48,15 @@ class Worker(Protocol[Result]):
 
 
 class ThreadWorker(Generic[Result]):
-    """Runs jobs on one thread of its own; `on_done` is called from it after each."""
+    """Runs jobs on one thread of its own, `on_done` is called from it after each; short ones on its owner's.
+
+    Never two at a time: while the thread has work, short jobs queue there as well.
+    """
 
     def __init__(self, name: str, on_done: Callable[[], None]) -> None:
         self._jobs: queue.SimpleQueue[tuple[int, Callable[[], Result]] | None] = queue.SimpleQueue()
+        self._here: deque[Callable[[], Result]] = deque()  # to be run by `finished`
+        self._out = 0  # jobs of the thread whose result was not taken
         self._done: deque[Done[Result]] = deque()
         self._round = 0  # jobs of an earlier one are abandoned
         self._busy = threading.Lock()  # while a job runs
@@ -56,15 +65,27 @@ class ThreadWorker(Generic[Result]):
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, job: Callable[[], Result]) -> None:
+    def submit(self, job: Callable[[], Result], short: bool = False) -> None:
         """Queue a job."""
-        self._jobs.put((self._round, job))
+        if self._here or (short and not self._out):
+            self._here.append(job)
+        else:
+            self._out += 1
+            self._jobs.put((self._round, job))
+
+    def due(self) -> bool:
+        """Whether `finished` has something to run or to return."""
+        return bool(self._here or self._done)
 
     def finished(self) -> list[Done[Result]]:
-        """Take what has ended since the last call."""
+        """Run what is due here; take what has ended since the last call."""
         taken: list[Done[Result]] = []
         while self._done:
             taken.append(self._done.popleft())
+        self._out -= len(taken)
+        while self._here:
+            taken.append(run_job(self._here[0]))
+            self._here.popleft()  # only now: until it has ended, nothing goes to the thread
         return taken
 
     def abandon(self) -> None:
@@ -73,6 +94,8 @@ class ThreadWorker(Generic[Result]):
         if self._busy.acquire(timeout=_ABANDON_WAIT_S):
             self._busy.release()
         self._done.clear()
+        self._here.clear()
+        self._out = 0
 
     def close(self) -> None:
         """Let the running job end, drop the others."""
@@ -99,10 +122,14 @@ class InlineWorker(Generic[Result]):
         self._done: list[Done[Result]] = []
         self._on_done = on_done
 
-    def submit(self, job: Callable[[], Result]) -> None:
+    def submit(self, job: Callable[[], Result], short: bool = False) -> None:
         """Run a job."""
         self._done.append(run_job(job))
         self._on_done()
+
+    def due(self) -> bool:
+        """Whether `finished` has something to return."""
+        return bool(self._done)
 
     def finished(self) -> list[Done[Result]]:
         """Take what has ended since the last call."""

@@ -16,6 +16,7 @@ from wdmoe.bs.pipeline import Pipeline
 from wdmoe.bs.policies import Exact, Policy
 from wdmoe.bs.routing import Floats
 from wdmoe.bs.stages import Stages, new_cache
+from wdmoe.bs.tracing import Trace
 from wdmoe.device.loading import quick_profile
 from wdmoe.device.service import DeviceService
 from wdmoe.runtime.clock import VirtualClock
@@ -66,6 +67,8 @@ def open_system(
     replicas: Sequence[int] = (),
     holds: int | None = None,
     skip_lost: bool = False,
+    trace: Trace | None = None,
+    clock: VirtualClock | None = None,
 ) -> Iterator[System]:
     """Connect every device folder of a bundle to a base station; time is virtual.
 
@@ -76,8 +79,10 @@ def open_system(
         replicas: device folders that a second device, "replica-K", serves as well.
         holds: experts that the base station may keep in memory itself.
         skip_lost: whether what is lost may be left out.
+        trace: collects a timeline.
+        clock: None makes one that only waiting moves.
     """
-    clock = VirtualClock()
+    clock = clock or VirtualClock()
     manifest = read_manifest(bundle / "bs", BsManifest)
     services = {path.name: make_service(path, clock, engine) for path in sorted(bundle.glob("device-*"))}
     for k in replicas:
@@ -93,7 +98,7 @@ def open_system(
     hub.turn(0.0)
     held = HeldExperts(bundle / "bs", manifest, holds) if holds is not None else None
     stages = Stages(bundle / "bs", manifest, 1)
-    pipeline = Pipeline(hub, stages, manifest, InlineWorker, wire, held, skip_lost)
+    pipeline = Pipeline(hub, stages, manifest, InlineWorker, wire, held, skip_lost, trace)
     yield System(manifest, link, clock, hub, pipeline, services)
     pipeline.close()
     link.close()

@@ -6,10 +6,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from wdmoe.device.channels import OwnChannel
-from wdmoe.device.emulation import Emulator, Exchange
 from wdmoe.profiles.forecast import Transfer, block_end
 from wdmoe.profiles.link_profile import modelled_link
+from wdmoe.runtime.channels import OwnChannel
+from wdmoe.runtime.emulation import Emulator, Exchange
 
 
 @pytest.mark.parametrize(

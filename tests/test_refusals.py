@@ -115,5 +115,5 @@ def test_an_older_protocol(guarded: Guarded) -> None:
     service = service_of(guarded.bundle / "device-3", "shed", Older)
     said = refused_words(guarded, service, guarded.enrolled_key("shed"))
     assert said == (
-        "the base station refused shed: shed: speaks protocol 0, the base station 1; install the same version"
+        "the base station refused shed: shed: speaks protocol 0, the base station 2; install the same version"
     )

@@ -12,6 +12,7 @@ from wdmoe.bs.hub import FIRST_PING_WAIT_S, FORGOTTEN_S, Hub, Joined, Left
 from wdmoe.runtime.errors import DevicesMissing
 from wdmoe.runtime.links import MemoryLink, Parcel
 from wdmoe.runtime.messages import (
+    PROTOCOL_VERSION,
     Enrol,
     Enrolled,
     ErrorReport,
@@ -71,7 +72,7 @@ def test_who_never_answers_a_ping_holds_nobody_up_for_long(system: System) -> No
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"protocol": 2}, "speaks protocol 2, the base station 1"),
+        ({"protocol": 3}, "speaks protocol 3, the base station 2"),
         ({"bundle_id": "f" * 64}, "serves bundle ffffffffffff, the base station runs .* copy the device folder"),
         ({"experts": ((0,),)}, "names experts outside 2 blocks x 8 experts"),
         ({"experts": ((0,), (8,))}, "names experts outside"),
@@ -149,12 +150,12 @@ def test_a_strangers_key_may_only_enrol(system: System, guarded: Guarded) -> Non
     for header in (hello(system), Ping(1)):
         send("stranger", header)
         assert got.pop().header == ErrorReport("unknown key", final=True)
-    send("stranger", Enrol(1, "device-1", b"x" * 16))
+    send("stranger", Enrol(PROTOCOL_VERSION, "device-1", b"x" * 16))
     assert got.pop().header == ErrorReport("device-1: this token is unknown or was spent", final=True)
     send("stranger", Enrol(9, "device-1", b"s" * 16))
     assert "speaks protocol 9" in got.pop().header.text  # type: ignore[union-attr]
     assert hub.devices == {} and hub.refused.described()["unknown key"] == 2
-    send("stranger", Enrol(1, "device-1", b"s" * 16))
+    send("stranger", Enrol(PROTOCOL_VERSION, "device-1", b"s" * 16))
     assert got.pop().header == Enrolled("device-1")
     send("stranger", hello(system, device="device-1"))
     assert "device-1" in hub.devices

@@ -88,6 +88,17 @@ def test_half_precision_on_the_wire_stays_close_to_full(bundle: Path) -> None:
     assert 0 < difference < 0.02
 
 
+def test_int8_on_the_wire_stays_near_and_says_what_it_loses(bundle: Path) -> None:
+    with open_system(bundle, wire="int8") as small, open_system(bundle, wire="fp32") as full:
+        difference = np.abs(run_sequence(small, PROMPT) - run_sequence(full, PROMPT)).max()
+        scorer = DistributedScorer(small.pipeline, Exact(), 1, None)
+        scorer.score([QUESTION])
+        summary = summarise(scorer.records)
+    assert 0 < difference < 0.3
+    assert summary.wire_error is not None and 0.001 < summary.wire_error < 0.01
+    assert summary.bytes_down == summary.bytes_up == summary.pairs * (4 + 32)
+
+
 def test_several_in_flight_answer_as_one_at_a_time(bundle: Path) -> None:
     questions = [dataclasses.replace(QUESTION, name=f"q/{n}", choices=QUESTION.choices[: 1 + n % 2]) for n in range(5)]
     with open_system(bundle) as system:

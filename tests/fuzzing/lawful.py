@@ -29,8 +29,13 @@ def lawful(frames: Sequence[bytes], d_model: int) -> str | None:
         return None
     if kind not in ("request", "reply"):
         return kind if len(frames) == 1 else None
-    if len(frames) != 2 or len(frames[1]) != header["rows"] * d_model * (4 if header["wire"] == "fp32" else 2):
+    row_bytes = {"fp32": 4 * d_model, "fp16": 2 * d_model, "int8": 4 + d_model}[header["wire"]]
+    if len(frames) != 2 or len(frames[1]) != header["rows"] * row_bytes:
         return None
+    if header["wire"] == "int8":
+        scales = [struct.unpack("<f", frames[1][at : at + 4])[0] for at in range(0, len(frames[1]), row_bytes)]
+        if not all(0 <= scale <= 3.4028234e38 / 128 for scale in scales):
+            return None
     return kind if kind == "reply" or _groups_hold(header) else None
 
 
@@ -86,12 +91,12 @@ _RULES: dict[str, dict[str, Callable[[Any], bool]]] = {
     },
     "welcome": {"protocol": _any_int, "heartbeat_s": lambda v: _number(v) and 0 < v <= 3600},
     "request": {
-        "request_id": _index, "block": _index, "rows": _rows, "wire": lambda v: v in ("fp32", "fp16"),
+        "request_id": _index, "block": _index, "rows": _rows, "wire": lambda v: v in ("fp32", "fp16", "int8"),
         "experts": _list_of(_index), "counts": _list_of(_rows), "index": lambda v: isinstance(v, bytes),
         "weights": lambda v: isinstance(v, bytes),
     },
     "reply": {
-        "request_id": _index, "rows": _rows, "wire": lambda v: v in ("fp32", "fp16"), "queue_us": _index,
+        "request_id": _index, "rows": _rows, "wire": lambda v: v in ("fp32", "fp16", "int8"), "queue_us": _index,
         "compute_us": _index,
     },
     "ping": {"nonce": _index},

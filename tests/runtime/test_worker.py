@@ -63,3 +63,35 @@ def test_what_is_abandoned_leaves_nothing_to_the_next() -> None:
         assert ended.acquire(timeout=10)
     assert [d.result for d in done] == ["next"] and ran == ["slow"]
     worker.close()
+
+
+def test_short_jobs_run_on_the_callers_thread_but_never_beside_the_workers_own() -> None:
+    ended, go_on = threading.Semaphore(0), threading.Event()
+    ran_on: list[str] = []
+    worker: Worker[None] = ThreadWorker("test", ended.release)
+
+    def note() -> None:
+        ran_on.append(threading.current_thread().name)
+
+    def hold() -> None:
+        assert go_on.wait(timeout=10)
+        note()
+
+    worker.submit(note, short=True)
+    worker.submit(note)  # behind it, so that the order stays
+    assert worker.due() and len(worker.finished()) == 2 and not worker.due()
+    worker.submit(hold)
+    worker.submit(note, short=True)  # the thread has work: behind that
+    assert not worker.due() and worker.finished() == []
+    go_on.set()
+    for _ in range(2):
+        assert ended.acquire(timeout=10)
+    assert worker.due() and len(worker.finished()) == 2
+    worker.submit(note, short=True)
+    worker.abandon()
+    assert not worker.due() and worker.finished() == []
+    worker.submit(note, short=True)
+    assert len(worker.finished()) == 1
+    here = threading.current_thread().name
+    assert ran_on == [here, here, "test", "test", here]
+    worker.close()
