@@ -11,6 +11,7 @@ from wdmoe.device.cli_tools import bench, info, profile, read_shape, reported_er
 from wdmoe.device.config import DeviceConfig
 from wdmoe.profiles.link_profile import link_names
 from wdmoe.profiles.modelled import PRECISIONS, hardware_names
+from wdmoe.runtime.engines import ENGINES
 
 _DEFAULTS = DeviceConfig()
 _EPILOG = """\b
@@ -35,7 +36,7 @@ Examples:
 @click.option("--name", default=None, help="Name of this device.  [default: the folder's device-K]")
 @click.option(
     "--engine",
-    type=click.Choice(["auto", "onnxruntime-cuda", "onnxruntime", "numpy"]),
+    type=click.Choice(["auto", *ENGINES]),
     default=_DEFAULTS.engine,
     help="What runs the experts; auto takes the best that passes its self-check.",
 )

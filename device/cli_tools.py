@@ -14,6 +14,7 @@ import click
 
 from wdmoe.device.config import DeviceConfig
 from wdmoe.profiles.modelled import PRECISIONS, ExpertShape, hardware_names
+from wdmoe.runtime.engines import ENGINES
 
 if TYPE_CHECKING:
     from wdmoe.device.profile_tables import Named
@@ -40,9 +41,7 @@ def read_shape(context: click.Context, parameter: click.Parameter, text: str | N
 
 @click.command()
 @click.option("--bundle", type=click.Path(path_type=Path), default=_DEFAULTS.bundle, help="As for serving.")
-@click.option(
-    "--engine", type=click.Choice(["auto", "onnxruntime-cuda", "onnxruntime", "numpy"]), default=_DEFAULTS.engine
-)
+@click.option("--engine", type=click.Choice(["auto", *ENGINES]), default=_DEFAULTS.engine)
 @click.option("--threads", type=click.IntRange(min=1), default=_DEFAULTS.threads, help="Threads of the engine.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=2.0, help="Spent on each token count.")
 @_json_option
