@@ -92,4 +92,5 @@ def _cast_session(target: str) -> onnxruntime.InferenceSession:
 
 @cache
 def _table() -> npt.NDArray[np.float32]:
-    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    with np.errstate(invalid="ignore"):  # some of the 65,536 are signalling NaNs, of which an ARM warns
+        return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
