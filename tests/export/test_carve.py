@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from wdmoe.export.carve import (
@@ -20,6 +19,7 @@ from wdmoe.export.carve import (
     plan_block,
     rank_neurons,
 )
+from wdmoe.export.low_rank import LowRank
 
 HIDDEN = 12
 SHAPE = CarveShape(shared=16, experts=4, expert_neurons=8, experts_per_token=2)
@@ -150,15 +150,41 @@ def test_one_extreme_token_hardly_turns_the_router() -> None:
 def test_what_a_plan_does_not_fit_is_refused() -> None:
     weights, rows, rng = tiny_block()
     plan = plan_block(weights, rows, SHAPE, rng)
-    twice: npt.NDArray[np.int64] = np.zeros(SHAPE.neurons, np.int64)
-    with pytest.raises(ValueError, match="every neuron exactly once"):
-        carve_block(weights, replace(plan, permutation=twice), SHAPE)
+    outside = plan.permutation + 1
+    with pytest.raises(ValueError, match="outside of the block's 48"):
+        carve_block(weights, replace(plan, permutation=outside), SHAPE)
     with pytest.raises(ValueError, match="deals out 56"):
         carve_block(weights, plan, replace(SHAPE, shared=24))
+    with pytest.raises(ValueError, match="deals out 56"):
+        plan_block(weights, rows, replace(SHAPE, shared=24), rng)
     with pytest.raises(ValueError, match="router"):
         carve_block(weights, BlockPlan(plan.permutation, plan.router[:2], plan.scales), SHAPE)
+    with pytest.raises(ValueError, match="changes 1 of 4 experts"):
+        carve_block(weights, replace(plan, deltas=(LowRank(normal(rng, 1, 8), normal(rng, HIDDEN, 1)),)), SHAPE)
     with pytest.raises(ValueError, match="more experts per token"):
         CarveShape(shared=1, experts=2, expert_neurons=1, experts_per_token=3)
+
+
+def test_a_neuron_in_several_experts_gets_their_gate_weights_together() -> None:
+    weights, rows, rng = tiny_block()
+    # Every routed expert holds the same 32 neurons, so that the gate weights of the chosen ones sum to 1 for each.
+    shape = CarveShape(shared=16, experts=4, expert_neurons=32, experts_per_token=2)
+    order = np.concatenate([np.arange(16), *[rng.permutation(np.arange(16, 48)) for _ in range(4)]])
+    scales = np.ones(shape.neurons, np.float32)
+    scales[16:] /= shape.experts_per_token
+    carved = carve_block(weights, BlockPlan(order, normal(rng, 4, HIDDEN), scales), shape)
+    np.testing.assert_allclose(run_carved(carved, rows, shape), run_dense(weights, rows), rtol=1e-4, atol=1e-3)
+
+
+def test_a_delta_is_added_to_the_down_projection_of_its_expert_alone() -> None:
+    weights, rows, rng = tiny_block()
+    plan = plan_block(weights, rows, SHAPE, rng)
+    deltas = tuple(LowRank(normal(rng, 3, 8), normal(rng, HIDDEN, 3)) for _ in range(SHAPE.experts))
+    plain, moved = (carve_block(weights, one, SHAPE) for one in (plan, replace(plan, deltas=deltas)))
+    for name, values in plain.items():
+        expert = name.split(".")[1] if name.startswith("experts.") and "down" in name else None
+        change = deltas[int(expert)].out @ deltas[int(expert)].into if expert else 0
+        np.testing.assert_allclose(moved[name], values + change, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def test_the_config_names_a_qwen2_moe_of_the_shape() -> None:

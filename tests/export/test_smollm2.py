@@ -12,10 +12,10 @@ import pytest
 
 from wdmoe.export import smollm2
 from wdmoe.export.carve import BlockPlan, CarveShape
+from wdmoe.export.carve_artefact import NORMS, BlockChange, CarveArtefact, read_artefact
 from wdmoe.export.gguf_checkpoint import GgufCheckpoint, unpermute_rope
-from wdmoe.export.smollm2 import CarveArtefact
+from wdmoe.export.low_rank import LowRank
 from wdmoe.runtime.errors import CheckpointError
-from wdmoe.runtime.tensor_file import write_tensors
 
 gguf = pytest.importorskip("gguf", reason="needs the extra `export`")
 
@@ -83,7 +83,18 @@ def write_gguf(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     return published
 
 
-def tiny_artefact() -> CarveArtefact:
+def low_rank(rng: np.random.Generator, outputs: int, inputs: int) -> LowRank:
+    return LowRank(*((0.3 * rng.standard_normal(size)).astype(np.float32) for size in ((2, inputs), (outputs, 2))))
+
+
+def tiny_change(rng: np.random.Generator) -> BlockChange:
+    sizes = {"qkv": (64, HIDDEN), "o": (HIDDEN, HIDDEN), "gate_up": (2 * SHAPE.neurons, HIDDEN)}
+    sizes["down"] = (HIDDEN, SHAPE.neurons)
+    groups = {group: low_rank(rng, *size) for group, size in sizes.items()}
+    return BlockChange(groups, dict.fromkeys(NORMS, np.full(HIDDEN, 2.0, np.float32)))
+
+
+def tiny_artefact(changed: bool = False) -> CarveArtefact:
     rng = np.random.default_rng(1)
     blocks = [
         BlockPlan(
@@ -93,7 +104,10 @@ def tiny_artefact() -> CarveArtefact:
         )
         for _ in range(BLOCKS)
     ]
-    return CarveArtefact(SHAPE, tuple(blocks))
+    if not changed:
+        return CarveArtefact(SHAPE, tuple(blocks))
+    changes = tuple(tiny_change(rng) for _ in range(BLOCKS))
+    return CarveArtefact(SHAPE, tuple(blocks), changes, np.full(HIDDEN, 3.0, np.float32))
 
 
 @pytest.fixture
@@ -122,40 +136,36 @@ def test_a_file_that_is_no_gguf_is_named(tmp_path: Path) -> None:
         GgufCheckpoint(tmp_path / "x.gguf")
 
 
-def test_an_artefact_survives_write_and_read(tmp_path: Path) -> None:
-    artefact = tiny_artefact()
-    smollm2.write_artefact(tmp_path / "a.safetensors", artefact)
-    read = smollm2.read_artefact(tmp_path / "a.safetensors")
-    assert read.shape == artefact.shape
-    for got, expected in zip(read.blocks, artefact.blocks, strict=True):
-        np.testing.assert_array_equal(got.permutation, expected.permutation)
-        np.testing.assert_array_equal(got.router, expected.router)
-        np.testing.assert_array_equal(got.scales, expected.scales)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
-
-
-def test_a_damaged_or_foreign_artefact_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "a.safetensors"
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        smollm2.read_artefact(path)
-    path.write_bytes(b"\xff" * 64)
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        smollm2.read_artefact(path)
-    write_tensors(path, {"source_sha256": np.zeros(32, np.uint8)})
-    with pytest.raises(CheckpointError, match=r"dense weights 0{64}; expected b179c952"):
-        smollm2.read_artefact(path)
-
-
 def test_the_shipped_artefact_is_small_and_fits_the_model() -> None:
-    artefact = smollm2.read_artefact(smollm2.ARTEFACT)
-    assert smollm2.ARTEFACT.stat().st_size <= 1_000_000
+    artefact = read_artefact(smollm2.ARTEFACT, smollm2.GGUF_SHA256)
+    shape = artefact.shape
+    assert smollm2.ARTEFACT.stat().st_size <= 10_000_000
     assert len(artefact.blocks) == 30
-    assert artefact.shape.neurons == 1536
-    assert (artefact.shape.experts, artefact.shape.experts_per_token) == (8, 4)
+    assert shape.experts == 8
     for block in artefact.blocks:
-        assert sorted(block.permutation) == list(range(1536))
+        for part in np.split(block.permutation, [shape.shared + i * shape.expert_neurons for i in range(8)]):
+            assert len(set(part)) == len(part)  # nobody holds a neuron twice
         assert np.isfinite(block.router).all()
         assert np.isfinite(block.scales).all()
+
+
+def test_changes_reach_the_checkpoint(tiny_gguf: Path) -> None:
+    dense = GgufCheckpoint(tiny_gguf)
+    plain, artefact = tiny_artefact(), tiny_artefact(changed=True)
+    before, after = (smollm2.carve_tensors(dense, one) for one in (plain, artefact))
+    assert before.keys() == after.keys()
+    change = artefact.changes[1]
+    for name, rows in (("q_proj", slice(0, 32)), ("k_proj", slice(32, 48)), ("v_proj", slice(48, 64))):
+        full = f"model.layers.1.self_attn.{name}.weight"
+        wanted = before[full] + change.groups["qkv"].matrix()[rows]
+        np.testing.assert_allclose(after[full], wanted, rtol=1e-2, atol=1e-3, err_msg=name)
+    order = artefact.blocks[1].permutation[: SHAPE.shared]
+    for name, start in (("gate_proj", 0), ("up_proj", SHAPE.neurons)):
+        full = f"model.layers.1.mlp.shared_expert.{name}.weight"
+        wanted = before[full] + change.groups["gate_up"].matrix()[start + order]
+        np.testing.assert_allclose(after[full], wanted, rtol=1e-2, atol=1e-3, err_msg=name)
+    np.testing.assert_array_equal(after["model.layers.0.input_layernorm.weight"], np.full(HIDDEN, 2.0))
+    np.testing.assert_array_equal(after["model.norm.weight"], np.full(HIDDEN, 3.0))
 
 
 def test_the_carved_checkpoint_loads_in_transformers_and_agrees_with_its_tensors(
@@ -218,10 +228,12 @@ def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.M
 
 def test_an_interrupted_build_leaves_no_folder(tiny_gguf: Path, tmp_path: Path) -> None:
     artefact = tiny_artefact()
-    broken = BlockPlan(np.zeros(SHAPE.neurons, np.int64), artefact.blocks[1].router, artefact.blocks[1].scales)
+    broken = BlockPlan(
+        np.full(SHAPE.neurons, SHAPE.neurons, np.int64), artefact.blocks[1].router, artefact.blocks[1].scales
+    )
     target = tmp_path / "cache" / "carved"
     target.parent.mkdir()
-    with pytest.raises(ValueError, match="every neuron"):
+    with pytest.raises(ValueError, match="outside of the block"):
         smollm2.build_checkpoint(tiny_gguf, CarveArtefact(SHAPE, (artefact.blocks[0], broken)), target)
     assert list(target.parent.iterdir()) == []
 
