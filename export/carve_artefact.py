@@ -1,6 +1,6 @@
 """What a trained carving adds to a dense model, as one small file: plans, low-rank changes, norms.
 
-The dense weights are not in it. Written by `scripts/make_smollm2_artifact.py`, read when the checkpoint is built.
+The dense weights are not in it. Written by the scripts that train it, read when the checkpoint is built.
 """
 
 from __future__ import annotations

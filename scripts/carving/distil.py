@@ -74,7 +74,8 @@ def distil(
         for group in optimizer.param_groups:
             group["lr"] = group["full"] * min(1.0, (step + 1) / WARM_UP_STEPS) * max(0.02, 1 - step / steps)
         batch = batches[step % len(batches)]
-        wanted = last_hidden(student.dense, batch, teacher)
+        with torch.no_grad():
+            wanted = last_hidden(student.dense, batch, teacher)
         got, ties, loads = student(batch)
         scored = slice(step % SCORED_SHARE, -1, SCORED_SHARE)
         text = batch[:, 1:][:, step % SCORED_SHARE :: SCORED_SHARE].flatten()
@@ -96,7 +97,6 @@ def distil(
             part.replace(state)
 
 
-@torch.no_grad()
 def last_hidden(model: Dense, batch: torch.Tensor, block: Callable[..., torch.Tensor] = dense_block) -> torch.Tensor:
     """Return the dense model's normalised last hidden state, [batch, tokens, hidden]."""
     rows = F.embedding(batch, model.embedding).float()
@@ -106,13 +106,13 @@ def last_hidden(model: Dense, batch: torch.Tensor, block: Callable[..., torch.Te
     return rms_norm(rows, model.norm, model.eps)
 
 
-@torch.no_grad()
 def perplexity(hidden: Callable[[torch.Tensor], torch.Tensor], head: torch.Tensor, windows: torch.Tensor) -> float:
     """Return the perplexity of the model whose last hidden state is given, each window from its second token on."""
-    losses = [
-        F.cross_entropy(F.linear(hidden(batch)[:, :-1], head).flatten(0, 1).float(), batch[:, 1:].flatten()).item()
-        for batch in windows.split(BATCH)
-    ]
+    losses = []
+    with torch.no_grad():
+        for batch in windows.split(BATCH):
+            logits = F.linear(hidden(batch)[:, :-1], head).flatten(0, 1).float()
+            losses.append(F.cross_entropy(logits, batch[:, 1:].flatten()).item())
     return math.exp(sum(losses) / len(losses))
 
 

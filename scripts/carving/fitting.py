@@ -9,14 +9,13 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from scripts.carving.dense import dense_block, rms_norm, rope
+from scripts.carving.dense import Block, dense_block, rms_norm, rope
 from scripts.carving.student import EXPERT_RANK, RANKS, Student, StudentBlock, student_block
 
 RIDGE = 0.02  # of the mean square of a feature
 EXPERT_SHARE = 0.5  # of what an expert's own fit would add: the other chosen expert corrects the same token
 
 
-@torch.no_grad()
 def fit_down(student: Student, windows: torch.Tensor) -> None:
     """Set the low-rank changes of all down projections from windows [n, tokens]."""
     model, shape = student.dense, student.shape
@@ -27,7 +26,7 @@ def fit_down(student: Student, windows: torch.Tensor) -> None:
         block, tensors = own.block, own.tensors()
 
         def carved(
-            batch: torch.Tensor, block: object = block, tensors: dict[str, torch.Tensor] = tensors
+            batch: torch.Tensor, block: Block = block, tensors: dict[str, torch.Tensor] = tensors
         ) -> torch.Tensor:
             result: torch.Tensor = student_block(
                 batch, block, tensors, cos, sin, model.eps, model.heads, model.kv_heads, shape.experts_per_token

@@ -41,8 +41,9 @@ class StudentBlock(nn.Module):
         hidden, neurons = block.down.shape
         self.expert_into = nn.Parameter(torch.zeros(shape.experts * EXPERT_RANK, neurons))
         self.expert_out = nn.Parameter(torch.zeros(hidden, shape.experts * EXPERT_RANK))
-        self.is_member = (plan.scales > 0).float()
-        self.is_shared = plan.shared
+        # Buffers: who is in which expert is saved and loaded with what is trained.
+        self.register_buffer("is_member", (plan.scales > 0).float())
+        self.register_buffer("is_shared", plan.shared.clone())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return all that is trained as the forward pass takes it: bfloat16 but for router and norms."""
