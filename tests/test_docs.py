@@ -23,7 +23,7 @@ def unknown(name: str, words: list[str]) -> list[str]:
     for word in words:
         option = word.strip("[]'\"(),.").partition("=")[0]
         if isinstance(command, click.Group) and not option.startswith("-"):
-            command = command.commands.get(option, command)
+            command = command.get_command(click.Context(command), option) or command
             known = command.params
             continue
         has = any(option in (*parameter.opts, *parameter.secondary_opts) for parameter in known)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,18 @@ class TickingClock(VirtualClock):
         return super().now_s()
 
 
-def traced(bundle: Path, path: Path, in_flight: int) -> tuple[dict[str, Any], list[Record]]:
+class PassingClock(VirtualClock):
+    """Real time, and what was waited."""
+
+    def now_s(self) -> float:
+        return time.perf_counter() + super().now_s()
+
+
+def traced(
+    bundle: Path, path: Path, in_flight: int, make_clock: Callable[[], VirtualClock] = TickingClock
+) -> tuple[dict[str, Any], list[Record]]:
     trace = Trace()
-    with open_system(bundle, trace=trace, clock=TickingClock()) as system:
+    with open_system(bundle, trace=trace, clock=make_clock()) as system:
         scorer = DistributedScorer(system.pipeline, Exact(), in_flight, None)
         scorer.score(QUESTIONS)
     trace.write(path)
@@ -77,15 +89,16 @@ def test_spans_nest_and_every_device_has_a_track(bundle: Path, tmp_path: Path, i
 
 
 def test_sums_are_those_of_the_record(bundle: Path, tmp_path: Path) -> None:
-    timeline, records = traced(bundle, tmp_path / "trace.json", 1)
+    timeline, records = traced(bundle, tmp_path / "trace.json", 1, PassingClock)
     tracks = by_track(timeline)
+    alike = partial(pytest.approx, rel=0.2, abs=2.0)  # the worker's own clock is read right before and after the job
 
     def total_ms(process: str, track: str, word: str) -> float:
         return float(sum(span["dur"] for span in tracks[process, track] if word in span["name"])) / 1e3
 
     stages_ms = total_ms("base station", "stages", "stage") + total_ms("base station", "stages", "head")
-    assert stages_ms == pytest.approx(sum(record.bs_ms for record in records))
-    assert total_ms("base station", "stages", "shared") == pytest.approx(sum(record.shared_ms for record in records))
+    assert stages_ms == alike(sum(record.bs_ms for record in records))
+    assert total_ms("base station", "stages", "shared") == alike(sum(record.shared_ms for record in records))
     waits_ms = sum(block.waiting_ms for record in records for block in record.blocks)
     assert total_ms("base station", "waits", "") == pytest.approx(waits_ms)
     device_ms = sum(total_ms(f"device-{k}", f"device-{k}", "compute") for k in range(4))
