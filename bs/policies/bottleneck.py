@@ -129,10 +129,16 @@ def _unload(
 
 def _load(experts: Ints, pairs: Pairs, drop: Bools | None, model: LatencyModel, n_experts: int) -> Load:
     called = pairs.device * n_experts + experts
-    leads = pairs.lead if drop is None else pairs.lead & ~drop
-    calls = np.bincount(called.ravel() if drop is None else called[pairs.keep_without(drop)])
+    further = ~pairs.lead  # experts of a pair beside its first, for which no row travels
+    if drop is None:
+        calls = np.bincount(called.ravel())
+    else:
+        keep = pairs.keep_without(drop)
+        calls, further = np.bincount(called[keep]), further & keep
     made = np.flatnonzero(calls)
-    return Load(np.bincount(pairs.device[leads], minlength=model.n_devices), made // n_experts, calls[made])
+    rows = np.bincount(made // n_experts, calls[made], model.n_devices).astype(np.int64)
+    rows -= np.bincount(pairs.device[further], minlength=model.n_devices)
+    return Load(rows, made // n_experts, calls[made])
 
 
 def _one_token(
