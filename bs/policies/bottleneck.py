@@ -70,8 +70,10 @@ def unload(experts: Ints, pairs: Pairs, may: Bools, allowance: float, model: Lat
         model: of the devices.
         n_experts: of a block.
     """
+    if len(may) > _AGAIN:
+        return spare_last(pairs, _unload(experts, pairs, may, allowance, model, n_experts)[0])
     best, best_ms = np.zeros(may.shape, np.bool_), np.inf
-    for _ in range(2 if len(may) <= _AGAIN else 1):
+    for _ in range(2):
         found, found_ms = _unload(experts, pairs, may, allowance, model, n_experts)
         lost = pairs.without_any(found)
         if len(lost):
@@ -81,7 +83,7 @@ def unload(experts: Ints, pairs: Pairs, may: Bools, allowance: float, model: Lat
             may[lost, back] = found[lost, back] = False
             found_ms = makespan(_load(experts, pairs, found, model, n_experts), model).total_ms
         if found_ms < best_ms:
-            best, best_ms = spare_last(pairs, found), found_ms
+            best, best_ms = found, found_ms
         if len(lost) == 0:
             break
     return best
@@ -93,7 +95,7 @@ def _unload(
     nothing = np.zeros(may.shape, np.bool_)
     load = _load(experts, pairs, None, model, n_experts)
     full = makespan(load, model)
-    ladders = make_ladders(experts, pairs, may, load, model, allowance) if allowance > 0 else None
+    ladders = make_ladders(experts, pairs, may, load, model, allowance, n_experts) if allowance > 0 else None
     if ladders is None:
         return nothing, full.total_ms
     if model.medium == "own":

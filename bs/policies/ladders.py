@@ -137,7 +137,7 @@ class Ladders:
 
 
 def make_ladders(
-    experts: Ints, pairs: Pairs, may: Bools, load: Load, model: LatencyModel, allowance: float
+    experts: Ints, pairs: Pairs, may: Bools, load: Load, model: LatencyModel, allowance: float, n_experts: int
 ) -> Ladders | None:
     """Build the ladders of a block, or none if nobody may lose anything.
 
@@ -148,6 +148,7 @@ def make_ladders(
         load: with nothing left out.
         model: of the devices.
         allowance: emptying experts for more than this is not looked at.
+        n_experts: of a block.
     """
     at = np.flatnonzero(may)
     if len(at) == 0:
@@ -156,7 +157,6 @@ def make_ladders(
     at = _by_device(at, device[at], importance[at])
     loaded = np.flatnonzero(load.rows)
     bounds = np.searchsorted(device[at], np.append(loaded, model.n_devices))
-    n_experts = int(experts.max()) + 1
     calls = np.bincount((pairs.device * n_experts + experts).ravel())  # what each device is called for
 
     sequences: list[Ints] = []
@@ -177,7 +177,7 @@ def make_ladders(
     ladder = np.repeat(np.arange(len(owner)), lengths)
     place = np.arange(len(item)) + 2 * ladder  # of the step in [N]
     cost = importance[item].astype(np.float64)
-    saved_ms = model.row_air_ms[owner[ladder]] + model.staging_ms[owner[ladder]]
+    saved_ms = (model.row_air_ms + model.staging_ms)[owner][ladder]
     saved_ms = saved_ms + _call_savings(item, ladder, owner, experts, pairs, calls, n_experts, model)
 
     n = int(start[-1])
@@ -230,14 +230,12 @@ def _call_savings(
 ) -> Times:
     """Return what each step saves of expert calls: those of c tokens become calls of c - 1."""
     k = experts.shape[1]
-    token, slot = item // k, item % k
-    position, expert = [np.arange(len(item))], [experts.ravel()[item]]
-    for other in range(1, k):  # further experts of the pair
-        more = np.flatnonzero((pairs.lead_of[token, other] == slot) & (slot != other))
-        position.append(more)
-        expert.append(experts[token[more], other])
-    at, which = np.concatenate(position), np.concatenate(expert)
-    if len(at) > len(item):
+    at, which = np.arange(len(item)), experts.ravel()[item]
+    if not pairs.lead.all():  # further experts of a pair
+        token, slot = item // k, item % k
+        for other in range(1, k):
+            more = np.flatnonzero((pairs.lead_of[token, other] == slot) & (slot != other))
+            at, which = np.concatenate((at, more)), np.concatenate((which, experts[token[more], other]))
         order = np.argsort(at, kind="stable")
         at, which = at[order], which[order]
     group = ladder[at] * n_experts + which
