@@ -9,7 +9,9 @@ from wdmoe.bs.cli_generate import generate
 from wdmoe.bs.cli_keys import enrol, keygen
 from wdmoe.bs.cli_quality import quality
 from wdmoe.bs.cli_run import run
+from wdmoe.bs.cli_simulate import simulate
 from wdmoe.bs.cli_status import status
+from wdmoe.bs.cli_trace import trace
 
 _EPILOG = """\b
 Examples:
@@ -31,5 +33,5 @@ def main() -> None:
     """
 
 
-for command in (run, quality, generate, devices, status, keygen, enrol):
+for command in (run, quality, trace, simulate, generate, devices, status, keygen, enrol):
     main.add_command(command)

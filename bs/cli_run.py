@@ -21,6 +21,7 @@ from wdmoe.bs.cli_common import (
     throughput_options,
     write_json,
 )
+from wdmoe.bs.cli_virtual import open_any_station, read_virtual, virtual_options
 from wdmoe.bs.config import StationConfig
 
 
@@ -46,6 +47,7 @@ from wdmoe.bs.config import StationConfig
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first rows of each data set.")
 @model_options
 @throughput_options
+@virtual_options
 @json_option
 def run(
     datasets: tuple[str, ...],
@@ -53,27 +55,30 @@ def run(
     policies: tuple[str, ...],
     limit: int | None,
     json_path: Path | None,
+    clock: str,
     **station: Any,
 ) -> None:
     """Answer data sets under each policy: accuracy and latency side by side.
 
     With --json FILE each finished pair of data set and policy is kept as it is done; the same command given again
     goes on from there.
+
+    With --clock virtual answers are real and times are modelled: deterministic, and as fast as this machine computes.
     """
     with reported_errors():
         from wdmoe.bs.evaluation import load_task
         from wdmoe.bs.experiment import Pair, PolicyRun, run_policies
         from wdmoe.bs.results import describe_run, describe_station, link_words, reusable_runs
-        from wdmoe.bs.station import open_station
         from wdmoe.bs.tables import policy_tables, time_table
 
+        virtual = read_virtual(clock, station)
         config, command = StationConfig(**station), command_line()
         chosen = {policy.describe(): policy for policy in parse_policies(policies)}
         tasks = [load_task(name, data_dir) for name in dict.fromkeys(datasets)]
         counts = ", ".join(f"{task.dataset} {task.count(limit):,} rows" for task in tasks)
         say(f"{counts}; under {', '.join(chosen)}")
         kept = json_path if json_path is not None and str(json_path) != "-" else None
-        with open_station(config, say) as open_:
+        with open_any_station(config, virtual) as open_:
             finished: dict[Pair, PolicyRun] = {}
             if kept is not None:
                 now = describe_station(open_, command)
@@ -100,4 +105,4 @@ def run(
             write_json(json_path, result)
             return
         print_table(policy_tables(runs, link_words(result), len(result["devices"])))
-        print_table(time_table(runs))
+        print_table(time_table(runs, virtual is not None))

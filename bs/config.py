@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from wdmoe.profiles.link_profile import LinkProfile, modelled_link
+from wdmoe.profiles.modelled import ExpertShape, memory_bytes
 from wdmoe.runtime.keys import default_keys_dir
 from wdmoe.runtime.links import is_loopback
 from wdmoe.runtime.messages import Wire
@@ -48,3 +50,63 @@ class StationConfig:
     def encrypted(self) -> bool:
         """Whether the link is encrypted: always, but on this machine alone or at the user's word."""
         return self.encrypt or not (self.insecure or is_loopback(self.listen))
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualConfig:
+    """Which devices and links a run in virtual time has, and what its base station is declared to take."""
+
+    devices: tuple[str, ...]  # of `hardware_names()`, one for each device folder of the bundle, in order
+    links: tuple[str, ...]  # as `modelled_link` takes them: one for all, or one for each device
+    channel: Literal["shared", "orthogonal"] = "shared"  # one half-duplex channel for all, or a share for each device
+    bandwidth: str | None = None  # of orthogonal shares: uniform, per-block, or numbers like 0.2,0.3,0.5
+    cost_shape: ExpertShape | None = None  # what is charged for; None: the experts of the bundle
+    cost_precision: str | None = None
+    stage_ms: float = 1.0  # a stage of the base station, its share of combining, routing and deciding included
+    seed: int = 0  # of the links' jitter
+    engine: str = "onnxruntime"  # that really runs the experts, in this process
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        for device in self.devices:
+            memory_bytes(device)  # raises if there is no such device; so does the next for links
+        for link in self.links:
+            modelled_link(link)
+        if len(self.links) not in (1, len(self.devices)):
+            raise ValueError(f"{len(self.links)} links for {len(self.devices)} devices; give one for all, or one each")
+        if self.channel == "shared" and self.bandwidth is not None:
+            raise ValueError("--bandwidth divides orthogonal shares; give --channel orthogonal as well")
+        if not self.stage_ms >= 0:
+            raise ValueError(f"--stage-ms is {self.stage_ms}, expected at least 0")
+        if (
+            (shares := self.shares) is not None
+            and self.bandwidth != "per-block"
+            and (min(shares) <= 0 or sum(shares) > 1 + 1e-9)
+        ):
+            raise ValueError(f"--bandwidth is {self.bandwidth}: shares must be positive and sum to at most 1")
+
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        """The share of each device, 1 where it is divided anew for each block; None on a shared channel."""
+        if self.channel == "shared":
+            return None
+        if self.bandwidth == "per-block":
+            return (1.0,) * len(self.devices)
+        if self.bandwidth in (None, "uniform"):
+            return (1 / len(self.devices),) * len(self.devices)
+        try:
+            shares = tuple(float(part) for part in self.bandwidth.split(","))
+        except ValueError:
+            shares = ()
+        if len(shares) != len(self.devices):
+            raise ValueError(
+                f"--bandwidth is {self.bandwidth!r}, expected uniform, per-block, or {len(self.devices)} numbers like "
+                "0.2,0.3,0.5"
+            )
+        return shares
+
+    @property
+    def profiles(self) -> tuple[LinkProfile, ...]:
+        """The link of each device."""
+        links = tuple(modelled_link(link) for link in self.links)
+        return links * len(self.devices) if len(links) == 1 else links

@@ -30,7 +30,8 @@ class PolicyRun:
     policy: str
     evaluation: Evaluation
     summary: Summary
-    wall_s: float
+    wall_s: float  # that this machine took
+    clock_s: float  # the same by the run's own clock; less, or more, where time is virtual
     to_exact: PairedDifference | None  # of acc; None for exact itself, without exact, or where a row has no acc
     perplexity_ratio: float | None  # to exact; None for exact itself, without exact, or without a perplexity
 
@@ -100,14 +101,15 @@ def _run_policy(
     limit: int | None,
     tokenizer: Any,
     on_question: Callable[[], None],
-) -> tuple[Evaluation, Summary, float]:
+) -> tuple[Evaluation, Summary, float, float]:
     model = station.manifest.model
     config = station.config
     scorer = DistributedScorer(station.pipeline, policy, config.in_flight, model.sliding_window, config.batch)
     # The first calls allocate and the corrections of the latency model start from nothing.
     scorer.score([_WARM_UP] * _WARM_UP_ROUNDS)
     scorer.records.clear()
-    started = time.perf_counter()
+    clock = station.hub.clock
+    started, started_s = time.perf_counter(), clock.now_s()
     evaluation = evaluate(
         task,
         scorer,
@@ -117,7 +119,7 @@ def _run_policy(
         on_question=on_question,
         prefix_token_id=model.bos_token_id,
     )
-    return evaluation, summarise(scorer.records), time.perf_counter() - started
+    return evaluation, summarise(scorer.records), time.perf_counter() - started, clock.now_s() - started_s
 
 
 def max_length(station: Station) -> int:

@@ -8,18 +8,19 @@ waits for the air, another runs its stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from wdmoe.bs.airtime import Medium, latency_model
 from wdmoe.bs.dispatch import Shipment, combine, split_by_device
 from wdmoe.bs.fleet import NOBODY
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
 from wdmoe.bs.latency import DeviceLatency, row_ms
 from wdmoe.bs.microbatch import Microbatch, Result
-from wdmoe.bs.policies import Exact, Policy, select
+from wdmoe.bs.policies import Context, Exact, Policy, select
 from wdmoe.bs.records import BlockRecord, Record
 from wdmoe.bs.requests import Requests, Want, lost_share
 from wdmoe.bs.routing import Floats, Ints, pairs_used, route
@@ -106,6 +107,8 @@ class Pipeline:
         wire: Wire = "fp16",
         held: HeldExperts | None = None,
         skip_lost: bool = False,
+        medium: Medium = "own",
+        on_dispatch: Callable[[Sequence[Shipment]], Sequence[int]] = lambda shipments: range(len(shipments)),
     ) -> None:
         """Put the parts together.
 
@@ -117,12 +120,17 @@ class Pipeline:
             wire: precision of the rows on the wire.
             held: experts that the base station keeps for when a device is lost.
             skip_lost: whether a policy other than exact may leave out what is lost.
+            medium: what the devices' links are, for the latency model.
+            on_dispatch: told what one microbatch is to send in one block; returns in which order.
         """
         self._hub = hub
         self._stages = stages
         self._model = manifest.model
         self._wire: Wire = wire
         self._skip_lost = skip_lost
+        self._medium: Medium = medium
+        self._on_dispatch = on_dispatch
+        self.on_router: Callable[[int, Floats], None] | None = None  # told each block's logits, on the worker
         self._worker = make_worker(hub.wake)
         self.requests = Requests(hub, held, self._run_held)
         self._flights: list[Flight] = []
@@ -190,6 +198,8 @@ class Pipeline:
             if isinstance(outcome, Held):
                 outcome.take(outcome.sums)
             elif flight is not None and flight in self._flights:
+                if not isinstance(outcome, Shared):
+                    flight.record.bs_ms += done.took_s * 1e3
                 self._on_computed(flight, outcome, policy)
         self.requests.check()
 
@@ -243,8 +253,9 @@ class Pipeline:
         ]
         flight.waiting = len(flight.wants)
         flight.shared_pending = self._model.shared_expert
-        for want in flight.wants:
-            self.requests.ask(want)
+        wants = list(flight.wants)  # those that fail at once take themselves off
+        for which in self._on_dispatch(dispatched.shipments):
+            self.requests.ask(wants[which])
 
     def _continue_if_complete(self, flight: Flight, policy: Policy) -> None:
         if flight.waiting or flight.shared_pending:
@@ -301,19 +312,23 @@ class Pipeline:
         policy: Policy,
     ) -> Dispatched | Result:
         """Combine, run the stage, route, select, pack: all that is computed between two waits for devices."""
-        started_s = self._hub.clock.now_s()
         moe_out = combined() if combined is not None else None
         microbatch = flight.microbatch
         if block == self._model.n_blocks:
             assert residual is not None and moe_out is not None
-            result = self._stages.finish(microbatch, residual, moe_out)
-            flight.record.bs_ms += (self._hub.clock.now_s() - started_s) * 1e3
-            return result
+            return self._stages.finish(microbatch, residual, moe_out)
         attended = self._stages.attend(block, microbatch, flight.angles, residual, moe_out)
+        if self.on_router is not None:
+            self.on_router(block, attended.router_logits)
         routing = route(attended.router_logits, self._model.top_k, self._model.norm_top_k)
         owner = workers.owner
         counts = np.bincount(routing.experts.ravel(), minlength=self._model.n_experts)
-        plan = select(routing, owner, row_ms(workers.latencies, counts, owner), policy)
+        context = Context(
+            block,
+            latency_model(workers.latencies, len(routing.experts), medium=self._medium),
+            probabilities=route(attended.router_logits, self._model.n_experts, normalise=False).by_expert(),
+        )
+        plan = select(routing, owner, row_ms(workers.latencies, counts, owner), policy, context)
         shipments = split_by_device(block, routing, plan, owner, workers.names, attended.hidden, self._wire)
         wanted = pairs_used(routing.experts, np.ones_like(plan.keep), owner, len(workers.names))
         record = BlockRecord(
@@ -321,9 +336,8 @@ class Pipeline:
             droppable=int(wanted.sum()) - len(wanted),
             sent=sum(len(shipment.rows) for shipment in shipments),
             gate_mass=float(routing.weights.sum()),
-            gate_mass_dropped=float(routing.weights[~plan.keep].sum()),
+            gate_mass_dropped=plan.dropped_mass(routing),
             theta=plan.theta,
             stopped=plan.stopped,
         )
-        flight.record.bs_ms += (self._hub.clock.now_s() - started_s) * 1e3
         return Dispatched(attended.residual, attended.hidden, shipments, plan.weights.sum(axis=1), record)

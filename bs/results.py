@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from wdmoe.bs.config import VirtualConfig
 from wdmoe.bs.evaluation import Evaluation, LoadedTask, PairedDifference, paired_difference
 from wdmoe.bs.experiment import PolicyRun
 from wdmoe.bs.hub import Hub
@@ -24,7 +25,7 @@ from wdmoe.bs.station import Station
 from wdmoe.profiles.device_profile import Emulated
 from wdmoe.runtime.links import is_loopback
 
-RUN_FORMAT, RUN_VERSION = "wdmoe-run", 2
+RUN_FORMAT, RUN_VERSION = "wdmoe-run", 3
 
 
 def describe_run(station: Station, runs: Iterable[PolicyRun], command: str) -> dict[str, Any]:
@@ -53,16 +54,31 @@ def describe_station(station: Station, command: str) -> dict[str, Any]:
             "expert_precision": station.manifest.precision,
         },
         "link": {
-            "address": config.listen,
-            "kind": "loopback" if is_loopback(config.listen) else "network",
+            "address": config.listen if station.virtual is None else None,
+            "kind": _link_kind(station),
             "wire": config.wire,
             "encrypted": config.encrypted,
             "emulated": sorted({device["emulated"]["link"] or "none" for device in devices if device["emulated"]}),
         },
+        "clock": describe_clock(station.virtual),
         "in_flight": config.in_flight,
         "batch": config.batch,
         "threads": config.threads,
         "devices": devices,
+    }
+
+
+def describe_clock(virtual: VirtualConfig | None) -> dict[str, Any]:
+    """Say what time a run's latencies are in, as plain values."""
+    if virtual is None:
+        return {"kind": "real"}
+    return {
+        "kind": "virtual",
+        "origin": "modelled: real answers, devices and links from profiles; nothing here was measured on a device",
+        "stage_ms": virtual.stage_ms,
+        "channel": virtual.channel,
+        "bandwidth": virtual.bandwidth or ("uniform" if virtual.channel == "orthogonal" else None),
+        "links": [profile.description for profile in virtual.profiles],
     }
 
 
@@ -202,6 +218,12 @@ def write_finished(path: Path, now: dict[str, Any], finished: Finished) -> None:
     partial.replace(path)
 
 
+def _link_kind(station: Station) -> str:
+    if station.virtual is not None:
+        return "modelled links in virtual time"
+    return "loopback" if is_loopback(station.config.listen) else "network"
+
+
 def finite(value: float) -> float | None:
     """Return None for what JSON has no number for."""
     return value if math.isfinite(value) else None
@@ -215,6 +237,7 @@ def circumstances(result: dict[str, Any]) -> dict[str, Any]:
         "link": result["link"]["kind"],
         "wire": result["link"]["wire"],
         "encrypted": result["link"]["encrypted"],
+        "clock": result["clock"],
         "in flight": result["in_flight"],
         "batch": result["batch"],
         "threads": result["threads"],
@@ -247,7 +270,8 @@ def _describe_policy(run: PolicyRun) -> dict[str, Any]:
         "accuracy_minus_exact_stderr_points": None if difference is None else finite(difference.stderr_points),
         "perplexity_over_exact": run.perplexity_ratio,
         "wall_s": run.wall_s,
-        "tokens_per_s": run.summary.tokens / run.wall_s,
+        "clock_s": run.clock_s,
+        "tokens_per_s": run.summary.tokens / run.clock_s,
         "dropped_share": run.summary.dropped_share,
         **asdict(run.summary),
     }
@@ -315,6 +339,7 @@ def _restore_policy(entry: dict[str, Any]) -> PolicyRun:
         evaluation,
         msgspec.convert(entry, Summary),
         entry["wall_s"],
+        entry["clock_s"],
         difference,
         entry["perplexity_over_exact"],
     )

@@ -19,6 +19,12 @@ class Routing:
     experts: Ints  # [tokens, k], descending in weight
     weights: Floats  # [tokens, k], as the model would use them
 
+    def by_expert(self) -> Floats:
+        """Return the weights where their experts are: [tokens, n_experts]; for a routing of all experts."""
+        whole = np.empty_like(self.weights)
+        np.put_along_axis(whole, self.experts, self.weights, axis=1)
+        return whole
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -30,6 +36,11 @@ class Plan:
     stopped: str | None = None  # and why it stopped there
     experts: Ints | None = None  # [tokens, k], where the policy asks for others than the model chose
     devices: Ints | None = None  # [tokens, k], where it asks others than the owners: who is asked for each expert
+
+    def dropped_mass(self, routing: Routing) -> float:
+        """Return the gate weight of what the model chose and the plan does not ask for."""
+        lost = ~self.keep if self.experts is None else ~self.keep | (self.experts != routing.experts)
+        return float(routing.weights[lost].sum())
 
 
 def route(router_logits: Floats, top_k: int, normalise: bool) -> Routing:

@@ -7,10 +7,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from wdmoe.bs.config import StationConfig
+from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.health import serve_health, snapshot
 from wdmoe.bs.held import HeldExperts
-from wdmoe.bs.hub import Device, Hub
+from wdmoe.bs.hub import Hub
 from wdmoe.bs.pipeline import Outcome, Pipeline
 from wdmoe.bs.roster import BS_KEY_NAME, ROSTER_NAME, FileRoster
 from wdmoe.bs.stages import Stages
@@ -34,6 +34,7 @@ class Station:
     manifest: BsManifest
     hub: Hub
     pipeline: Pipeline
+    virtual: VirtualConfig | None = None  # whose devices and links these are; None: they are real, and so is time
 
 
 @contextmanager
@@ -66,13 +67,15 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
         waiting = ", ".join(f"device-{k}" for k in hub.missing_devices())
         say(f"waiting up to {config.wait_s:g} s for {waiting}")
         hub.wait_for_devices(config.wait_s)
-        say(f"connected: {', '.join(map(_introduced, sorted(hub.devices.items())))}")
+        say(f"connected: {introduced(hub)}")
 
         def make_worker(wake: Callable[[], None]) -> Worker[Outcome]:
             return ThreadWorker("stages", wake)
 
         skip_lost = config.when_lost == "skip"
-        pipeline = Pipeline(hub, stages, manifest, make_worker, config.wire, _held(config, folder, manifest), skip_lost)
+        pipeline = Pipeline(
+            hub, stages, manifest, make_worker, config.wire, held_experts(config, folder, manifest), skip_lost
+        )
         with ExitStack() as stack:
             stack.callback(pipeline.close)
             if config.health is not None:
@@ -81,13 +84,14 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
             yield Station(config, folder, manifest, hub, pipeline)
 
 
-def _introduced(named: tuple[str, Device]) -> str:
-    name, device = named
-    emulated = device.latency.profile.emulated
-    return name if emulated is None else f"{name} ({emulated})"
+def introduced(hub: Hub) -> str:
+    """Name the connected devices, and what those pretend to be that are emulated."""
+    emulated = {name: device.latency.profile.emulated for name, device in sorted(hub.devices.items())}
+    return ", ".join(name if what is None else f"{name} ({what})" for name, what in emulated.items())
 
 
-def _held(config: StationConfig, folder: Path, manifest: BsManifest) -> HeldExperts | None:
+def held_experts(config: StationConfig, folder: Path, manifest: BsManifest) -> HeldExperts | None:
+    """Return what the base station may run itself when a device is lost, if anything."""
     if config.bs_holds == "none":
         return None
     model = manifest.model

@@ -81,9 +81,9 @@ def _policy_table(runs: Sequence[PolicyRun], link: str, devices: int) -> Group:
     return _with_note(title, table, "" if first.variant is None else f"local variant: {first.variant}\n")
 
 
-def time_table(runs: Sequence[PolicyRun]) -> Group:
+def time_table(runs: Sequence[PolicyRun], virtual: bool = False) -> Group:
     """Show where the time of a question goes, and how much was done in all."""
-    title = "Where the time of a question goes, mean ms"
+    title = f"Where the {'virtual ' if virtual else ''}time of a question goes, mean ms"
     table = _table()
     several = len({run.evaluation.dataset for run in runs}) > 1
     if several:
@@ -98,7 +98,7 @@ def time_table(runs: Sequence[PolicyRun]) -> Group:
             *([run.evaluation.dataset] if several else []),
             run.policy,
             *(f"{ms:.0f}" for ms in (summary.latency_mean_ms, summary.bs_ms, summary.device_ms, other)),
-            f"{summary.tokens / run.wall_s:.0f}",
+            f"{summary.tokens / run.clock_s:.0f}",
             f"{run.wall_s:.1f}",
         )
     return _with_note(
@@ -209,6 +209,29 @@ def status_table(answer: dict[str, Any]) -> Group:
     )
     refused = "".join(f"\nrefused {count} x: {text}" for text, count in answer["refused"].items())
     return _with_note(title, table, counts + refused)
+
+
+def simulation_table(result: dict[str, Any]) -> Group:
+    """Show what `wdmoe-bs simulate` found."""
+    devices, entries = sum(result["devices"].values()), result["results"]
+    medium = result["channel"] if result["bandwidth"] is None else f"{result['channel']}, {result['bandwidth']}"
+    questions = entries[0]["questions"]
+    title = f"{result['model']['name']}: {questions} questions, {devices} modelled devices, {medium} channel"
+    table = _table()
+    table.add_column("policy", overflow="fold", min_width=len("policy"))
+    for heading in ("mean ms", "p50", "p95", "vs exact", "pairs dropped", "gate dropped"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    exact = next((entry["latency_mean_ms"] for entry in entries if entry["policy"] == "exact"), None)
+    for entry in entries:
+        against = "-" if exact is None else f"{100 * (entry['latency_mean_ms'] / exact - 1):+.1f}%"
+        table.add_row(
+            entry["policy"],
+            *(f"{entry[key]:.0f}" for key in ("latency_mean_ms", "latency_p50_ms", "latency_p95_ms")),
+            against,
+            f"{100 * entry['dropped_share']:.1f}%",
+            f"{100 * entry['gate_mass_dropped']:.1f}%",
+        )
+    return _with_note(title, table, "modelled: latency of a question, one at a time; nothing here was measured")
 
 
 def _table() -> Table:

@@ -45,7 +45,7 @@ Examples:
 @click.option("--encrypt", is_flag=True, help="Encrypt although the base station is on this machine.")
 @click.option("--keys", type=click.Path(path_type=Path), default=_DEFAULTS.keys, help="Folder of this device's keys.")
 @click.option("--emulate", type=click.Choice(hardware_names()), help="Answer as late as this modelled device would.")
-@click.option("--link", type=click.Choice(link_names()), help="With --emulate: and over this modelled link.")
+@click.option("--link", metavar="LINK", help=f"With --emulate: and over this modelled link: {', '.join(link_names())}.")
 @click.option("--seed", type=int, default=_DEFAULTS.seed, help="With --emulate: of the link's jitter.")
 @click.option(
     "--cost-shape",

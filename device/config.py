@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wdmoe.device.emulation import EmulationOptions
 from wdmoe.profiles.link_profile import modelled_link
 from wdmoe.profiles.modelled import ExpertShape, memory_bytes
+from wdmoe.runtime.emulation import EmulationOptions
 from wdmoe.runtime.keys import decode_token, default_keys_dir
 from wdmoe.runtime.links import is_loopback
 from wdmoe.runtime.messages import NAME_PATTERN
@@ -62,7 +62,9 @@ class DeviceConfig:
         """What to pretend to be, if anything."""
         if self.emulate is None:
             return None
-        return EmulationOptions(self.emulate, self.link, self.seed, self.cost_shape, self.cost_precision, self.channel)
+        return EmulationOptions(
+            self.emulate, self.link, self.seed, self.cost_shape, self.cost_precision, self.channel is not None
+        )
 
     @property
     def encrypted(self) -> bool:

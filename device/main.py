@@ -14,14 +14,15 @@ from pathlib import Path
 from types import FrameType
 
 from wdmoe.device.config import DeviceConfig
-from wdmoe.device.emulation import Air, emulated_profile, make_air, warn_if_slower
 from wdmoe.device.enrolment import enrol, enrolled_keys, keys_to_enrol
 from wdmoe.device.loading import choose_engine, engine_names, quick_profile, say_to_stderr
 from wdmoe.device.loopback import LoopbackMeter
 from wdmoe.device.service import DeviceService
 from wdmoe.device.serving import serve
 from wdmoe.profiles.device_profile import DeviceProfile
+from wdmoe.runtime.channels import SharedChannel
 from wdmoe.runtime.clock import RealClock
+from wdmoe.runtime.emulation import Air, emulated_profile, make_air, warn_if_slower
 from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.keys import decode_token
 from wdmoe.runtime.links import dial, is_loopback
@@ -85,7 +86,10 @@ def serve_folder(config: DeviceConfig) -> int:
     say_to_stderr(f"{name}: measured ms per expert call by tokens: {curve}")
     air = meter = None
     if config.emulation is not None:
-        measured, profile = profile, emulated_profile(config.emulation, manifest, profile)
+        measured, profile = (
+            profile,
+            emulated_profile(config.emulation, manifest, f"on {profile.device}", profile.software, profile.engine),
+        )
         warn_if_slower(measured, profile, lambda t: say_to_stderr(f"{name}: {t}"))
         air, meter = _start_emulation(config, profile, name)
     clock = RealClock()
@@ -119,7 +123,7 @@ def serve_folder(config: DeviceConfig) -> int:
 
 def _start_emulation(config: DeviceConfig, profile: DeviceProfile, name: str) -> tuple[Air, LoopbackMeter | None]:
     """Make what holds replies back; with an emulated link on loopback, also what measures the real one."""
-    air = make_air(profile, name, config.channel)
+    air = make_air(profile, name, SharedChannel(config.channel) if config.channel is not None else None)
     curve = ", ".join(f"{point.tokens}: {point.p50_ms:.2f}" for point in profile.points)
     say_to_stderr(f"{name}: {profile.emulated}; ms per expert call by tokens: {curve}")
     if config.link is None:

@@ -6,8 +6,8 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from wdmoe.device.emulation import Air
 from wdmoe.device.service import HELLO_EVERY_S, DeviceService
+from wdmoe.runtime.emulation import Air
 from wdmoe.runtime.errors import ProtocolError, WdmoeError
 from wdmoe.runtime.links import BS, Link, Parcel
 from wdmoe.runtime.messages import ExpertRequest, Goodbye, Message, decode, encode

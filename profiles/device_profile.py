@@ -55,10 +55,12 @@ class Emulated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     d_ff: Count
     precision: str
     shared: bool = False  # whether the link's channel is shared with other emulated devices
+    share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0  # of the link's bandwidth that is the device's own
 
     def __str__(self) -> str:
         """Say it in one line, as reports do."""
-        link = f" over {'shared ' if self.shared else ''}{self.link}" if self.link is not None else ""
+        how = "shared " if self.shared else f"{100 * self.share:.3g} % of " if self.share < 1 else ""
+        link = f" over {how}{self.link}" if self.link is not None else ""
         return f"emulated {self.device}{link}, charged as {self.d_model}x{self.d_ff} {self.precision}"
 
 

@@ -12,6 +12,8 @@ import msgspec
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 
+RADIO = "radio:"  # begins the description of a channel by bandwidth and spectral efficiency
+RADIO_EXAMPLE = "radio:mhz=100:efficiency=6"
 ALIASES = {"wifi-5ghz": "wifi-5ghz-mid", "wifi-6": "wifi-6-mid"}
 
 
@@ -35,6 +37,10 @@ class LinkProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def up_ms(self, size_bytes: float) -> float:
         """Return how long bytes from the device occupy the link."""
         return size_bytes * 8e-3 / self.up_mbps
+
+    def row_ms(self, row_bytes: float) -> float:
+        """Return how long one row occupies the link, there and back."""
+        return self.down_ms(row_bytes) + self.up_ms(row_bytes)
 
     def exchange_ms(self, down_bytes: float, up_bytes: float) -> float:
         """Predict the median time of a request and its reply on an idle link, without what the device computes."""
@@ -61,15 +67,19 @@ def link_names() -> tuple[str, ...]:
 
 
 def modelled_link(name: str) -> LinkProfile:
-    """Return a link of the table.
+    """Return a link of the table, or the radio channel that a text such as `radio:mhz=100:efficiency=6` describes.
 
     Raises:
         ValueError: no such link; names those there are.
     """
+    if name.startswith(RADIO):
+        return _radio_link(name)
     table = _table()
     name = ALIASES.get(name, name)
     if name not in table.links:
-        raise ValueError(f"no link is called {name!r}; expected one of {', '.join(link_names())}")
+        raise ValueError(
+            f"no link is called {name!r}; expected one of {', '.join(link_names())}, or a radio channel as in {RADIO_EXAMPLE}"
+        )
     entry = table.links[name]
     values = {field: getattr(entry, field) for field in ("down_mbps", "up_mbps", "round_trip_ms", "jitter_ms")}
     sources = tuple(
@@ -78,6 +88,29 @@ def modelled_link(name: str) -> LinkProfile:
     )
     numbers = {field: value for field, (value, _) in values.items()}
     return LinkProfile(name, entry.description, **numbers, half_duplex=entry.half_duplex, sources=sources)
+
+
+def _radio_link(text: str) -> LinkProfile:
+    """Read `radio:` and its options: mhz, efficiency (bit/s/Hz, both ways), rtt_ms, jitter_ms."""
+    values = {"rtt_ms": 2.0, "jitter_ms": 0.0}
+    for item in text.removeprefix(RADIO).split(":"):
+        key, _, value = item.partition("=")
+        if key not in ("mhz", "efficiency", "rtt_ms", "jitter_ms"):
+            raise ValueError(f"link {text!r} has no option {key!r}; expected {RADIO_EXAMPLE}, and rtt_ms and jitter_ms")
+        try:
+            values[key] = float(value)
+        except ValueError as error:
+            raise ValueError(f"link {text!r}: {key} is {value!r}, expected a number") from error
+    if missing := [key for key in ("mhz", "efficiency") if key not in values]:
+        raise ValueError(f"link {text!r} does not say {' and '.join(missing)}; expected {RADIO_EXAMPLE}")
+    if min(values["mhz"], values["efficiency"], values["rtt_ms"]) <= 0 or values["jitter_ms"] < 0:
+        raise ValueError(f"link {text!r}: expected positive numbers; jitter_ms may be 0")
+    mbps = values["mhz"] * values["efficiency"]
+    description = f"{values['mhz']:g} MHz at {values['efficiency']:g} bit/s/Hz, both ways"
+    return LinkProfile(
+        text, description, mbps, mbps, values["rtt_ms"], values["jitter_ms"], half_duplex=True,
+        sources=("declared by its user",),
+    )  # fmt: skip
 
 
 @cache

@@ -37,3 +37,7 @@ class VirtualClock:
         if seconds < 0:
             raise ValueError(f"time does not run backwards: {seconds} s")
         self._now_s += seconds
+
+    def advance_to(self, at_s: float) -> None:
+        """Let time pass until a moment, exactly; one that is past changes nothing."""
+        self._now_s = max(self._now_s, at_s)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ class Done(Generic[Result]):
 
     result: Result | None
     error: Exception | None
+    took_s: float = 0.0  # while it ran
 
 
 class Worker(Protocol[Result]):
@@ -84,7 +86,7 @@ class ThreadWorker(Generic[Result]):
             with self._busy:
                 if submitted != self._round:
                     continue
-                done = _run_job(job)
+                done = run_job(job)
                 if submitted == self._round:
                     self._done.append(done)
             self._on_done()
@@ -99,7 +101,7 @@ class InlineWorker(Generic[Result]):
 
     def submit(self, job: Callable[[], Result]) -> None:
         """Run a job."""
-        self._done.append(_run_job(job))
+        self._done.append(run_job(job))
         self._on_done()
 
     def finished(self) -> list[Done[Result]]:
@@ -115,8 +117,11 @@ class InlineWorker(Generic[Result]):
         """Nothing to stop."""
 
 
-def _run_job(job: Callable[[], Result]) -> Done[Result]:
+def run_job(job: Callable[[], Result]) -> Done[Result]:
+    """Run a job now."""
+    started_s = time.perf_counter()
     try:
-        return Done(job(), None)
+        result = job()
     except Exception as error:  # noqa: BLE001 - whatever it was, it must reach the loop, which knows what to do
-        return Done(None, error)
+        return Done(None, error, time.perf_counter() - started_s)
+    return Done(result, None, time.perf_counter() - started_s)

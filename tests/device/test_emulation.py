@@ -13,8 +13,15 @@ import pytest
 from inprocess import make_service
 
 from wdmoe.bs.latency import LatencyTracker
-from wdmoe.device.channels import SharedChannel
-from wdmoe.device.emulation import (
+from wdmoe.device.loopback import LoopbackMeter
+from wdmoe.device.service import DeviceService
+from wdmoe.device.serving import serve
+from wdmoe.profiles.device_profile import DeviceProfile, Point
+from wdmoe.profiles.link_profile import LinkProfile, link_names, modelled_link
+from wdmoe.profiles.modelled import ExpertShape, modelled_profile
+from wdmoe.runtime.channels import SharedChannel
+from wdmoe.runtime.clock import VirtualClock
+from wdmoe.runtime.emulation import (
     Air,
     EmulationOptions,
     Emulator,
@@ -23,13 +30,6 @@ from wdmoe.device.emulation import (
     make_air,
     warn_if_slower,
 )
-from wdmoe.device.loopback import LoopbackMeter
-from wdmoe.device.service import DeviceService
-from wdmoe.device.serving import serve
-from wdmoe.profiles.device_profile import Point
-from wdmoe.profiles.link_profile import LinkProfile, link_names, modelled_link
-from wdmoe.profiles.modelled import ExpertShape, modelled_profile
-from wdmoe.runtime.clock import VirtualClock
 from wdmoe.runtime.errors import WdmoeError
 from wdmoe.runtime.links import BS, Parcel
 from wdmoe.runtime.messages import (
@@ -139,8 +139,13 @@ def service(bundle: Path) -> DeviceService:
     return make_service(bundle / "device-1", VirtualClock())
 
 
+def pretended(options: EmulationOptions, service: DeviceService) -> DeviceProfile:
+    measured = service.profile
+    return emulated_profile(options, service.manifest, f"on {measured.device}", measured.software, measured.engine)
+
+
 def emulating(service: DeviceService, options: EmulationOptions) -> Air:
-    service.profile = emulated_profile(options, service.manifest, service.profile)
+    service.profile = pretended(options, service)
     return make_air(service.profile, service.name)
 
 
@@ -153,14 +158,14 @@ def request(service: DeviceService, request_id: int, rows: int) -> Message:
 def test_an_emulated_device_says_so_and_keeps_the_shape_of_its_slice(service: DeviceService) -> None:
     options = EmulationOptions("orin-nano-8gb", "wifi-5ghz", 7, MIXTRAL, "int4")
     profile, modelled = (
-        emulated_profile(options, service.manifest, service.profile),
+        pretended(options, service),
         modelled_profile("orin-nano-8gb", "int4", MIXTRAL),
     )
     assert profile.origin == "emulated" and "emulated on" in profile.device
     assert str(profile.emulated) == "emulated orin-nano-8gb over wifi-5ghz-mid, charged as 4096x14336 int4"
     assert (profile.d_model, profile.d_ff) == (service.manifest.model.d_model, service.manifest.model.d_ff)
     assert profile.emulated is not None and not profile.emulated.shared
-    shared = emulated_profile(replace(options, channel=Path("c")), service.manifest, service.profile)
+    shared = pretended(replace(options, shared=True), service)
     assert "over shared wifi-5ghz-mid" in str(shared.emulated)
     assert profile.points == modelled.points and profile.row_link_ms == pytest.approx(2 * 8192 * 8e-3 / 234)
 
@@ -170,7 +175,7 @@ def test_a_slice_that_would_not_fit_is_refused_with_the_sums(service: DeviceServ
     with pytest.raises(
         WdmoeError, match=r"4 experts of 16384x53248 in fp16 take 20\.9 GB, experts may take 6\.4 of its 8"
     ):
-        emulated_profile(options, service.manifest, service.profile)
+        pretended(options, service)
 
 
 def test_a_machine_that_is_slower_than_what_it_emulates_says_where(service: DeviceService) -> None:

@@ -30,3 +30,12 @@ def test_farther_is_slower_in_every_way(family: str) -> None:
 def test_an_unknown_link_is_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"expected one of wifi-5ghz-near.*ethernet-1g"):
         modelled_link("smoke signals")
+
+
+def test_a_radio_channel_is_bandwidth_times_efficiency_and_says_what_is_wrong_with_it() -> None:
+    link = modelled_link("radio:mhz=20:efficiency=5:rtt_ms=3:jitter_ms=0.5")
+    assert (link.down_mbps, link.up_mbps, link.round_trip_ms, link.jitter_ms) == (100, 100, 3, 0.5)
+    assert link.half_duplex and link.origin == "modelled" and link.row_ms(8192) == pytest.approx(2 * 8192 * 8 / 100e3)
+    for text in ("radio:mhz=20", "radio:mhz=20:efficiency=x", "radio:mhz=0:efficiency=1", "radio:ghz=1:efficiency=1"):
+        with pytest.raises(ValueError, match="radio"):
+            modelled_link(text)

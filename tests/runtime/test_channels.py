@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from wdmoe.device.channels import Channel, OwnChannel, SharedChannel
+from wdmoe.runtime.channels import Channel, OwnChannel, SharedChannel
 from wdmoe.runtime.errors import WdmoeError
 
 Make = Callable[[Path], Channel]

@@ -1,6 +1,6 @@
 """An emulated device: when that device on that link would have answered. Plain values, no clock of its own.
 
-`Emulator` decides, `Air` holds what was decided until its time; `device/serving.py` asks it what is due.
+`Emulator` decides, `Air` holds what was decided until its time; whoever serves asks it what is due.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from random import Random
 
 import msgspec
 
-from wdmoe.device.channels import Channel, OwnChannel, SharedChannel
 from wdmoe.profiles.device_profile import DeviceProfile, Emulated
 from wdmoe.profiles.link_profile import LinkProfile, modelled_link
 from wdmoe.profiles.modelled import MEMORY_SHARE, PRECISIONS, ExpertShape, memory_bytes, modelled_profile
+from wdmoe.runtime.channels import Channel, OwnChannel
 from wdmoe.runtime.errors import WdmoeError
 from wdmoe.runtime.manifest import DeviceManifest
 from wdmoe.runtime.messages import ExpertReply, ExpertRequest, Frame, Message, Pong, encode
@@ -36,7 +35,8 @@ class EmulationOptions:
     seed: int = 0
     cost_shape: ExpertShape | None = None  # what is charged for; None: the shape of the slice
     cost_precision: str | None = None  # None: that of the slice
-    channel: Path | None = None  # that a half-duplex link shares with other devices; None: it has its own
+    shared: bool = False  # whether a half-duplex link's channel is shared with other devices
+    share: float = 1.0  # of the link's bandwidth that is this device's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,16 @@ class Release:
     compute_us: int
 
 
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """A request whose answer an emulated device has, and has not sent."""
+
+    exchange: Exchange
+    started_s: float
+    ended_s: float
+    waited_s: float  # for the radio and for the processor
+
+
 class Emulator:
     """Decides when replies leave: the request comes down the link, waits its turn, is computed, and goes up the link.
 
@@ -67,14 +77,17 @@ class Emulator:
     at the end and keeps nobody else waiting, but no reply overtakes another: TCP would not let it.
     """
 
-    def __init__(self, link: LinkProfile | None, seed: str, channel: Channel | None = None) -> None:
+    def __init__(self, link: LinkProfile | None, seed: str, channel: Channel | None = None, share: float = 1.0) -> None:
         """Start idle.
 
         Args:
             link: None charges nothing for it.
             seed: the same one draws the same jitter for the same requests, however many pings came between.
             channel: that a half-duplex link shares with others; None: it has its own.
+            share: of the link's bandwidth that requests get from now on; where it is set to less later, what bytes
+                take longer counts as waiting for the radio.
         """
+        self.share = self._usual_share = share
         self._link = link
         half_duplex = link is not None and link.half_duplex
         self._down: Channel = channel if channel is not None and half_duplex else OwnChannel()
@@ -85,23 +98,41 @@ class Emulator:
 
     def release(self, exchange: Exchange) -> Release:
         """Decide when the reply leaves: never before the real work is done."""
+        return self.answer(self.compute(exchange), exchange.arrived_s)
+
+    def compute(self, exchange: Exchange) -> Computed:
+        """Decide when the answer is there: the first half of `release`."""
         link = self._link
-        down_s = link.down_ms(exchange.down_bytes) / 1e3 if link is not None else 0.0
-        up_s = link.up_ms(exchange.up_bytes) / 1e3 if link is not None else 0.0
+        down_s = link.down_ms(exchange.down_bytes) / self.share / 1e3 if link is not None else 0.0
         way_s = self._round_trip_s(exchange.real_round_trip_ms) / 2
-        now_s = exchange.arrived_s
-        sent_s = self._down.reserve(now_s, now_s, down_s)
+        sent_s = self._down.reserve(exchange.arrived_s, exchange.arrived_s, down_s)
         received_s = sent_s + down_s + way_s
         started_s = max(received_s, self._free_s)
         self._free_s = max(started_s + exchange.service_ms / 1e3, exchange.done_s)
-        answered_s = self._up.reserve(now_s, self._free_s, up_s)
-        self._last_s = max(self._last_s, answered_s + up_s + way_s + self._draw_s(self._jitter))
-        waited_s = (sent_s - exchange.arrived_s) + (started_s - received_s) + (answered_s - self._free_s)
-        return Release(self._last_s, round(1e6 * waited_s), round(1e6 * (self._free_s - started_s)))
+        waited_s = (sent_s - exchange.arrived_s) + (started_s - received_s) + self._longer_s(down_s)
+        return Computed(exchange, started_s, self._free_s, waited_s)
+
+    def answer(self, computed: Computed, now_s: float) -> Release:
+        """Decide when the reply is back: the second half of `release`.
+
+        Args:
+            computed: in the order in which they were computed.
+            now_s: nothing will be asked of the link for an earlier moment.
+        """
+        link, exchange = self._link, computed.exchange
+        up_s = link.up_ms(exchange.up_bytes) / self.share / 1e3 if link is not None else 0.0
+        way_s = self._round_trip_s(exchange.real_round_trip_ms) / 2
+        sent_s = self._up.reserve(now_s, computed.ended_s, up_s)
+        self._last_s = max(self._last_s, sent_s + up_s + way_s + self._draw_s(self._jitter))
+        waited_s = computed.waited_s + (sent_s - computed.ended_s) + self._longer_s(up_s)
+        return Release(self._last_s, round(1e6 * waited_s), round(1e6 * (computed.ended_s - computed.started_s)))
 
     def pong_delay_s(self, real_round_trip_ms: float = 0.0) -> float:
         """Draw how long a ping and its answer are on the link; they wait for nobody."""
         return self._round_trip_s(real_round_trip_ms) + self._draw_s(self._ping_jitter)
+
+    def _longer_s(self, on_air_s: float) -> float:
+        return max(0.0, on_air_s * (1 - self.share / self._usual_share))
 
     def _round_trip_s(self, real_ms: float) -> float:
         return max(0.0, self._link.round_trip_ms - real_ms) / 1e3 if self._link is not None else 0.0
@@ -119,9 +150,11 @@ class Air:
     profile: DeviceProfile  # of the emulated device
     row_scale: float = 1.0  # bytes of a charged row over those of a real one
     real_round_trip_ms: Callable[[], float] = lambda: 0.0  # of the real link now, where it is known
+    send_when_ready: bool = False  # ask for the way up no sooner, as where time is virtual and `due` called at `next_s`
     real_best_ms: Callable[[], float] = lambda: 0.0  # and at its best: of many pings a base station takes the smallest
     _started: deque[tuple[float, float, float]] = field(default_factory=deque)  # arrival, bytes down, service
     _held: list[tuple[float, int, Message]] = field(default_factory=list)  # a heap
+    _ready: deque[tuple[Computed, Message]] = field(default_factory=deque)  # ascending in when they end
     _count: int = 0
 
     def hold(self, answers: Iterable[Message], now_s: float) -> list[Message]:
@@ -143,9 +176,16 @@ class Air:
         """Hold the answer of the oldest request that was started, and let it report the emulated times."""
         arrived_s, down_bytes, service_ms = self._started.popleft()
         up_bytes = self._charged_bytes(encode(answer))
-        release = self.emulator.release(
+        computed = self.emulator.compute(
             Exchange(arrived_s, done_s, down_bytes, up_bytes, service_ms, self.real_round_trip_ms())
         )
+        if self.send_when_ready:
+            self._ready.append((computed, answer))
+        else:
+            self._send(computed, answer, arrived_s)
+
+    def _send(self, computed: Computed, answer: Message, now_s: float) -> None:
+        release = self.emulator.answer(computed, now_s)
         if isinstance(answer.header, ExpertReply):
             header = msgspec.structs.replace(answer.header, queue_us=release.queue_us, compute_us=release.compute_us)
             answer = Message(header, answer.rows)
@@ -154,9 +194,18 @@ class Air:
     def due(self, now_s: float) -> list[Message]:
         """Take what leaves now."""
         messages: list[Message] = []
+        while self._ready and self._ready[0][0].ended_s <= now_s:
+            computed, answer = self._ready.popleft()
+            self._send(computed, answer, computed.ended_s)
         while self._held and self._held[0][0] <= now_s:
             messages.append(heapq.heappop(self._held)[2])
         return messages
+
+    @property
+    def next_s(self) -> float:
+        """When something is due next; infinity if nothing is held."""
+        ready_s = self._ready[0][0].ended_s if self._ready else float("inf")
+        return min(ready_s, self._held[0][0]) if self._held else ready_s
 
     def wait_s(self, now_s: float, at_most_s: float) -> float:
         """Return how long to sleep: until shortly before something is due, and not at all from then on."""
@@ -170,13 +219,17 @@ class Air:
         return len(frames[0]) + self.row_scale * sum(map(len, frames[1:]))
 
 
-def emulated_profile(options: EmulationOptions, manifest: DeviceManifest, measured: DeviceProfile) -> DeviceProfile:
+def emulated_profile(
+    options: EmulationOptions, manifest: DeviceManifest, host: str, software: str, engine: str
+) -> DeviceProfile:
     """Return the profile that an emulated device sends in its hello: costs of one device, experts of this slice.
 
     Args:
         options: what to pretend to be.
         manifest: of the slice.
-        measured: what this machine really does.
+        host: the machine that stands in for it.
+        software: of the engine that really runs.
+        engine: its name.
 
     Raises:
         WdmoeError: the slice would not fit into the memory of that device.
@@ -197,9 +250,9 @@ def emulated_profile(options: EmulationOptions, manifest: DeviceManifest, measur
     row_bytes = shape.d_model * _FP16_BYTES
     return msgspec.structs.replace(
         modelled,
-        device=f"{modelled.device} (emulated on {measured.device})",
-        software=measured.software,
-        engine=measured.engine,
+        device=f"{modelled.device} (emulated {host})",
+        software=software,
+        engine=engine,
         precision=manifest.precision,
         d_model=model.d_model,
         d_ff=model.d_ff,
@@ -212,28 +265,26 @@ def emulated_profile(options: EmulationOptions, manifest: DeviceManifest, measur
             shape.d_model,
             shape.d_ff,
             precision,
-            shared=link is not None and link.half_duplex and options.channel is not None,
+            shared=link is not None and link.half_duplex and options.shared,
+            share=options.share,
         ),
-        row_link_ms=link.down_ms(row_bytes) + link.up_ms(row_bytes) if link is not None else 0.0,
+        row_link_ms=link.row_ms(row_bytes) / options.share if link is not None else 0.0,
     )
 
 
-def make_air(profile: DeviceProfile, name: str, channel: Path | None = None) -> Air:
+def make_air(profile: DeviceProfile, name: str, channel: Channel | None = None) -> Air:
     """Make what holds the replies of an emulated device.
 
     Args:
         profile: of `emulated_profile`.
         name: of the device; with the seed it decides the jitter, so that two devices do not draw the same.
-        channel: see `EmulationOptions`.
-
-    Raises:
-        WdmoeError: the channel is none.
+        channel: that a half-duplex link shares with other devices; None: it has its own.
     """
     emulated = profile.emulated
     assert emulated is not None
     link = modelled_link(emulated.link) if emulated.link is not None else None
-    shared = SharedChannel(channel) if channel is not None else None
-    return Air(Emulator(link, f"{emulated.seed}/{name}", shared), profile, emulated.d_model / profile.d_model)
+    emulator = Emulator(link, f"{emulated.seed}/{name}", channel, emulated.share)
+    return Air(emulator, profile, emulated.d_model / profile.d_model)
 
 
 def warn_if_slower(measured: DeviceProfile, emulated: DeviceProfile, say: Callable[[str], None]) -> None:

@@ -1,0 +1,187 @@
+"""What the router of a real model said, block by block and token by token: recorded once, simulated as often as one likes.
+
+A trace is an .npz file: `probabilities` float16 [n_blocks, tokens, n_experts], the softmax over all experts; `starts` int64
+[questions + 1], where each question begins among the tokens; `counts` int64 [n_blocks, n_experts], how often the model's
+own top-k chose each expert; `placement` int64 [n_blocks, n_experts], the first device that holds it in the bundle; and
+`info`, JSON: `TraceInfo`.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from wdmoe.bs.routing import Floats, Ints, Routing, route
+from wdmoe.runtime.errors import DataError
+
+TRACE_FORMAT, TRACE_VERSION = "wdmoe-trace", 1
+_SORT_UP_TO = 32  # beyond, sorting whole rows costs more than finding the largest first
+
+
+class TraceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a trace comes from."""
+
+    format: str
+    version: int
+    wdmoe: str
+    model: str
+    bundle_id: str
+    top_k: int
+    norm_top_k: bool
+    datasets: dict[str, int]  # rows of each
+    rows_digests: dict[str, str]  # SHA-256 over them
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A recorded trace; shapes in the module's docstring."""
+
+    info: TraceInfo
+    probabilities: npt.NDArray[np.float16]
+    starts: Ints
+    counts: Ints
+    placement: Ints
+
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of the model."""
+        return len(self.probabilities)
+
+    @property
+    def n_experts(self) -> int:
+        """Experts of a block."""
+        return int(self.probabilities.shape[2])
+
+    @property
+    def n_questions(self) -> int:
+        """Questions, each of which ran as one microbatch."""
+        return len(self.starts) - 1
+
+    def routing(self, block: int, question: int | None = None) -> Routing:
+        """Return the model's own choice in one block, of one question or of all tokens.
+
+        Float16 has eleven bits: where two experts are closer than one part in two thousand, the other may be chosen.
+        """
+        tokens = slice(None) if question is None else slice(self.starts[question], self.starts[question + 1])
+        probabilities = self.probabilities[block, tokens].astype(np.float32)
+        experts = _largest(probabilities, self.info.top_k)
+        weights = np.take_along_axis(probabilities, experts, axis=1)
+        if self.info.norm_top_k:
+            weights = weights / weights.sum(axis=1, keepdims=True)
+        return Routing(experts, weights)
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Collects router logits while microbatches run one at a time."""
+
+    n_blocks: int
+    top_k: int
+    _blocks: list[list[npt.NDArray[np.float16]]] = field(default_factory=list)  # [question][block]
+    _counts: list[list[Ints]] = field(default_factory=list)  # [question][block]
+
+    def on_router(self, block: int, logits: Floats) -> None:
+        """Take the router's logits of one block of the microbatch that is under way."""
+        if block == 0:
+            self._blocks.append([])
+            self._counts.append([])
+        everything = route(logits, logits.shape[1], normalise=False)
+        self._blocks[-1].append(everything.by_expert().astype(np.float16))
+        chosen = everything.experts[:, : self.top_k].ravel()
+        self._counts[-1].append(np.bincount(chosen, minlength=logits.shape[1]))
+
+    def trace(self, info: TraceInfo, placement: Ints) -> Trace:
+        """Put together what was recorded.
+
+        Raises:
+            DataError: nothing was.
+        """
+        whole = [blocks for blocks in self._blocks if len(blocks) == self.n_blocks]
+        if not whole:
+            raise DataError("nothing was recorded: no question was answered")
+        probabilities = np.stack([np.concatenate([blocks[b] for blocks in whole]) for b in range(self.n_blocks)])
+        starts = np.cumsum([0, *(len(blocks[0]) for blocks in whole)])
+        counts = sum((np.stack(counts) for counts in self._counts if len(counts) == self.n_blocks), start=np.int64(0))
+        return Trace(info, probabilities, starts, np.asarray(counts), placement)
+
+
+def write_trace(path: Path, trace: Trace) -> None:
+    """Write a trace, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    info = np.frombuffer(msgspec.json.encode(trace.info), np.uint8)
+    with partial.open("wb") as file:
+        np.savez_compressed(
+            file,
+            probabilities=trace.probabilities,
+            starts=trace.starts,
+            counts=trace.counts,
+            placement=trace.placement,
+            info=info,
+        )
+    partial.replace(path)
+
+
+def read_trace(path: Path) -> Trace:
+    """Read a trace.
+
+    Raises:
+        DataError: the file is none, or of another version; says what is wrong.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            info = msgspec.json.decode(file["info"].tobytes(), type=TraceInfo)
+            arrays = {name: file[name] for name in ("probabilities", "starts", "counts", "placement")}
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, msgspec.MsgspecError) as error:
+        raise DataError(f"{path} is not a trace ({error}); make one with wdmoe-bs trace") from error
+    if (info.format, info.version) != (TRACE_FORMAT, TRACE_VERSION):
+        raise DataError(f"{path}: {info.format} version {info.version}, expected {TRACE_FORMAT} {TRACE_VERSION}")
+    trace = Trace(info, **arrays)
+    if reason := _misshapen(trace):
+        raise DataError(f"{path}: {reason}; make it again with wdmoe-bs trace")
+    return trace
+
+
+def trace_info(model: Any, bundle_id: str, datasets: dict[str, int], digests: dict[str, str]) -> TraceInfo:
+    """Say where a trace comes from.
+
+    Args:
+        model: `ModelSpec` of the manifest.
+        bundle_id: of the manifest.
+        datasets: rows of each.
+        digests: SHA-256 over them.
+    """
+    return TraceInfo(
+        TRACE_FORMAT, TRACE_VERSION, version("wdmoe"), model.name, bundle_id, model.top_k, model.norm_top_k,
+        datasets, digests,
+    )  # fmt: skip
+
+
+def _misshapen(trace: Trace) -> str | None:
+    probabilities, starts = trace.probabilities, trace.starts
+    if probabilities.ndim != 3 or probabilities.dtype != np.float16:
+        return f"probabilities are {probabilities.dtype} {probabilities.shape}, expected float16 of 3 dimensions"
+    blocks, tokens, experts = probabilities.shape
+    for name, array in (("counts", trace.counts), ("placement", trace.placement)):
+        if array.shape != (blocks, experts):
+            return f"{name} has shape {array.shape}, expected {(blocks, experts)}"
+    if starts.ndim != 1 or len(starts) < 2 or starts[0] != 0 or starts[-1] != tokens or (np.diff(starts) <= 0).any():
+        return f"starts do not ascend from 0 to {tokens}"
+    if not 1 <= trace.info.top_k <= experts:
+        return f"top_k is {trace.info.top_k} of {experts} experts"
+    return None
+
+
+def _largest(values: Floats, k: int) -> Ints:
+    """Return the k largest of each row, descending; of equals the first, where rows are short."""
+    if values.shape[1] <= _SORT_UP_TO:
+        return np.argsort(-values, axis=1, kind="stable")[:, :k]
+    some = np.argpartition(-values, k - 1, axis=1)[:, :k]
+    order = np.argsort(-np.take_along_axis(values, some, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(some, order, axis=1)
