@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from wdmoe.bs.airtime import LatencyModel, load_of, makespan
 from wdmoe.bs.deciding import row_times
-from wdmoe.bs.policies import Context, Policy, select
+from wdmoe.bs.policies import Capacity, Context, Policy, select
 from wdmoe.bs.radio import Cell
-from wdmoe.bs.routing import Bools, Ints, Routing
+from wdmoe.bs.routing import Bools, Floats, Ints, Routing
 from wdmoe.bs.trace import Trace
 
 Times = npt.NDArray[np.float64]
@@ -85,6 +85,20 @@ class Replicas:
         turn = np.empty(len(flat), np.int64)
         turn[order] = np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts)
         return (self.first[flat] + turn % self.count[flat]).reshape(experts.shape)
+
+    def spread(self, probabilities: Floats, routing: Routing, dealt: Routing) -> Floats:
+        """Turn probabilities of experts [tokens, n_experts] into those of pairs [tokens, V].
+
+        Each expert is offered to a token by one of its holders alone: where it was chosen by the one it was dealt to.
+        """
+        if len(self.device) == len(self.count):
+            return probabilities
+        turn = np.arange(len(probabilities))[:, None]
+        offered = self.first + turn % self.count
+        np.put_along_axis(offered, routing.experts, dealt.experts, axis=1)
+        whole = np.zeros((len(probabilities), len(self.device)), np.float32)
+        np.put_along_axis(whole, offered, probabilities, axis=1)
+        return whole
 
 
 @dataclass(slots=True)
@@ -161,9 +175,9 @@ def simulate(
 def _block_ms(routing: Routing, replicas: Replicas, context: Context, policy: Policy, result: Simulated) -> float:
     model = context.model
     assert model is not None
-    if len(replicas.device) > len(replicas.count):
-        context = replace(context, probabilities=None)  # they speak of experts, and the policy sees replicas
     dealt = Routing(replicas.deal(routing.experts), routing.weights)
+    if isinstance(policy, Capacity) and context.probabilities is not None:  # alone reads them
+        context = replace(context, probabilities=replicas.spread(context.probabilities, routing, dealt))
     devices, everything = replicas.device[dealt.experts], np.ones(dealt.experts.shape, np.bool_)
     n_pairs, n_devices = len(replicas.device), model.n_devices
     before = load_of(dealt.experts, everything, devices, n_pairs, n_devices)

@@ -30,7 +30,7 @@ from wdmoe.runtime.clock import VirtualClock
 from wdmoe.runtime.emulation import Air, EmulationOptions, emulated_profile, make_air
 from wdmoe.runtime.engines import ExpertEngine, load_engine
 from wdmoe.runtime.expert_sums import weighted_sums
-from wdmoe.runtime.manifest import BsManifest, DeviceManifest, read_manifest, verify_files
+from wdmoe.runtime.manifest import MANIFEST_NAME, BsManifest, DeviceManifest, read_manifest, verify_files
 from wdmoe.runtime.messages import (
     PROTOCOL_VERSION,
     ExpertReply,
@@ -204,13 +204,18 @@ def open_virtual_station(config: StationConfig, virtual: VirtualConfig, say: Say
 
 def in_this_process(bundle: Path) -> VirtualConfig:
     """Return what runs the device folders of a bundle where only answers matter: the time of it means nothing."""
-    folders = list(bs_folder(bundle).parent.glob("device-*"))
+    folders = _device_folders(bs_folder(bundle).parent)
     fastest = hardware_names()[0]
     return VirtualConfig((fastest,) * len(folders), ("ethernet-1g",), cost_shape=ExpertShape(1, 1), stage_ms=0.0)
 
 
+def _device_folders(bundle: Path) -> list[Path]:
+    found = [path for path in bundle.glob("device-*") if (path / MANIFEST_NAME).exists()]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
 def _load_devices(bundle: Path, virtual: VirtualConfig, threads: int, say: Say) -> list[VirtualDevice]:
-    folders = sorted(bundle.glob("device-*"), key=lambda path: (len(path.name), path.name))
+    folders = _device_folders(bundle)
     if len(folders) != len(virtual.devices):
         raise ValueError(
             f"{bundle} has {len(folders)} device folders, --devices names {len(virtual.devices)}; name one for each, or "

@@ -4,7 +4,8 @@
 
 A decision is `wdmoe.bs.deciding.decide`: selection, loads, shares or order, the predicted block time; from plain values,
 8 experts on 8 unequal devices, top-2. Each time is the median over many decisions on different routings. The figures are
-those of the slowest policy: `decide_us_1` <= 50, `decide_ms_4096x8x8` <= 2. It runs on one thread.
+those of the slowest policy: `decide_us_1` <= 50, `decide_ms_4096x8x8` <= 2; and, unless it is left out,
+`simulate_1000x32x1000_s` <= 1 of scripts/bench/simulator.py. It runs on one thread.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ sys.path += [str(ROOT / "tests"), str(ROOT)]
 from devices import random_model
 
 from scripts.bench._environment import CpuUse, environment, progress, write_json
+from scripts.bench.simulator import simulation_s
 from wdmoe.bs.allocation import Radio
-from wdmoe.bs.deciding import Division, decide
+from wdmoe.bs.deciding import Division, decide, make_band
 from wdmoe.bs.policies import Context, parse_policy
 from wdmoe.bs.routing import Routing, route
 
-BARS = {"decide_us_1": 50.0, "decide_ms_4096x8x8": 2.0}
+BARS = {"decide_us_1": 50.0, "decide_ms_4096x8x8": 2.0, "simulate_1000x32x1000_s": 1.0}
 N_EXPERTS = N_DEVICES = 8
 TOP_K = 2
 # Options under which a policy has work to do; for one token a budget that can be spent at all.
@@ -55,13 +57,17 @@ _WARM_UP = 3
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Decisions on each routing.")
 @click.option("--seed", type=int, default=0, show_default=True)
-def main(target: str | None, repeats: int, seed: int) -> None:
+@click.option("--simulation/--no-simulation", default=True, show_default=True, help="Time the simulator as well.")
+def main(target: str | None, repeats: int, seed: int, simulation: bool) -> None:
     """Time decisions; exit code 1 if a bar is missed."""
     use = CpuUse()
     one = measure(1, 10 * repeats, seed)
     many = measure(4096, max(1, repeats // 4), seed)
     figures = {"decide_us_1": max(one.values()) * 1e6, "decide_ms_4096x8x8": max(many.values()) * 1e3}
-    reached = {name: figures[name] <= bar for name, bar in BARS.items()}
+    simulated = simulation_s(POLICIES, repeats=2) if simulation else {}
+    if simulated:
+        figures["simulate_1000x32x1000_s"] = max(simulated.values())
+    reached = {name: figures[name] <= BARS[name] for name in figures}
     result: dict[str, Any] = {
         **figures,
         "bars": BARS,
@@ -69,6 +75,7 @@ def main(target: str | None, repeats: int, seed: int) -> None:
         "passed": all(reached.values()),
         "us_1": {name: s * 1e6 for name, s in one.items()},
         "ms_4096x8x8": {name: s * 1e3 for name, s in many.items()},
+        "simulate_s": simulated,
         **use.since(),
         **environment(("numpy",)),
     }
@@ -85,6 +92,7 @@ def measure(tokens: int, repeats: int, seed: int) -> dict[str, float]:
     devices = random_model(rng, N_DEVICES, "own", up_to=tokens)
     quality = rng.uniform(1, 6, N_DEVICES)
     radio = Radio(100e6, 65_536.0, quality, quality)
+    band = make_band(devices, radio)
     questions = [ask(rng, tokens) for _ in range(_ROUTINGS)]
     owner = np.arange(N_EXPERTS)
     times: dict[str, float] = {}
@@ -92,9 +100,9 @@ def measure(tokens: int, repeats: int, seed: int) -> dict[str, float]:
         policy = parse_policy(text)
         for division in get_args(Division):
             for routing, context in questions[:_WARM_UP]:
-                decide(routing, owner, policy, devices, radio, division, context)
+                decide(routing, owner, policy, band, division, context)
             taken = [
-                timed(routing, owner, policy, devices, radio, division, context)
+                timed(routing, owner, policy, band, division, context)
                 for _ in range(repeats)
                 for routing, context in questions
             ]

@@ -14,9 +14,10 @@ from wdmoe.bs.airtime import LatencyModel, latency_model
 from wdmoe.bs.cli import main
 from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.latency import DeviceLatency
-from wdmoe.bs.policies import Exact, Wlr
+from wdmoe.bs.policies import Exact, Wlr, parse_policy
 from wdmoe.bs.questions import Choice, Question
 from wdmoe.bs.radio import Cell, RadioConfig
+from wdmoe.bs.routing import Routing
 from wdmoe.bs.scoring import DistributedScorer
 from wdmoe.bs.simulation import (
     Bandwidth,
@@ -127,6 +128,32 @@ def test_replicas_share_the_rows_of_an_expert_evenly() -> None:
         simulate(trace, replace(site(trace, "uniform"), holders=spread(3, 8, 4, copies)), Exact()) for copies in (1, 3)
     )
     assert three.waiting_ms != one.waiting_ms and three.gate_mass == one.gate_mass
+
+
+def test_a_token_is_offered_each_expert_by_one_of_its_holders() -> None:
+    replicas = Replicas.of(spread(1, 8, 20)[0])
+    routing = invented((64,)).routing(0)
+    dealt = Routing(replicas.deal(routing.experts), routing.weights)
+    probabilities = np.random.default_rng(0).random((64, 8), np.float32)
+    whole = replicas.spread(probabilities, routing, dealt)
+    np.testing.assert_allclose(np.sort(whole, axis=1)[:, -8:], np.sort(probabilities, axis=1))
+    chosen = np.take_along_axis(probabilities, routing.experts, axis=1)
+    np.testing.assert_array_equal(np.take_along_axis(whole, dealt.experts, axis=1), chosen)
+
+
+@pytest.mark.parametrize(
+    "policy", ["ser", "top-cut", "capacity", "capacity:overflow=next", "bottleneck", "round-robin"]
+)
+@pytest.mark.parametrize("devices", [4, 20])
+def test_every_policy_runs_with_and_without_replicas(policy: str, devices: int) -> None:
+    trace = invented((40,))
+    model = latency_model([DeviceLatency(((1, 2.0), (64, 2.0)), 3.0)] * devices, 64)
+    rates = np.array([1.0 + k % 5 for k in range(devices)])
+    place = Site(model.with_rates(rates, rates), spread(3, 8, devices), "uniform")
+    exact = simulate(trace, place, Exact())
+    simulated = simulate(trace, place, parse_policy(policy))
+    assert simulated.pairs == exact.pairs and simulated.sent <= exact.sent
+    assert simulated.latency_ms[0] <= exact.latency_ms[0] + 1e-9
 
 
 @pytest.mark.parametrize(("experts", "devices", "copies"), [(8, 3, 1), (8, 3, 2), (8, 8, 3), (8, 20, 1), (8, 20, 5)])
