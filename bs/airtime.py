@@ -130,13 +130,15 @@ def load_of(experts: Ints, keep: npt.NDArray[np.bool_], devices: Ints, n_experts
     """
     if len(experts) == 1:
         return _load_of_token(experts[0][keep[0]].tolist(), devices[0][keep[0]].tolist(), n_devices)
-    first = keep.copy()  # whether no earlier slot of the token already brought the row
-    for slot in range(1, experts.shape[1]):
-        for earlier in range(slot):
-            first[:, slot] &= ~((devices[:, slot] == devices[:, earlier]) & keep[:, earlier])
     calls = np.bincount((devices * n_experts + experts)[keep])
     made = np.flatnonzero(calls)
-    return Load(np.bincount(devices[first], minlength=n_devices), made // n_experts, calls[made])
+    rows = np.bincount(made // n_experts, calls[made], n_devices).astype(np.int64)
+    for slot in range(1, experts.shape[1]):  # an earlier slot of the token already brought the row
+        again = np.zeros(len(experts), np.bool_)
+        for earlier in range(slot):
+            again |= (devices[:, slot] == devices[:, earlier]) & keep[:, earlier]
+        rows -= np.bincount(devices[again & keep[:, slot], slot], minlength=n_devices)
+    return Load(rows, made // n_experts, calls[made])
 
 
 def _load_of_token(experts: list[int], devices: list[int], n_devices: int) -> Load:

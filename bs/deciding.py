@@ -22,6 +22,28 @@ Division = Literal["uniform", "per-block", "shared"]
 
 
 @dataclass(frozen=True, slots=True)
+class Band:
+    """Devices on one radio, made ready once for many decisions; see `make_band`."""
+
+    devices: LatencyModel
+    radio: Radio
+    uniform: LatencyModel  # on equal shares
+    shared: LatencyModel
+    pooled: LatencyModel
+
+
+def make_band(devices: LatencyModel, radio: Radio) -> Band:
+    """Put devices on a radio.
+
+    Args:
+        devices: what they compute; their links do not matter.
+        radio: says how fast their links are.
+    """
+    equal = radio.model(devices, uniform(radio))
+    return Band(devices, radio, equal, radio.whole(devices, "shared"), radio.whole(devices, "pooled"))
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """What is asked of the devices in one block, and how long it should take."""
 
@@ -35,8 +57,7 @@ def decide(
     routing: Routing,
     owner: Ints,
     policy: Policy,
-    devices: LatencyModel,
-    radio: Radio,
+    band: Band,
     division: Division | Times,
     context: Context,
     rounds: int = 1,
@@ -47,34 +68,34 @@ def decide(
         routing: the model's own choice.
         owner: [n_experts], the device of each expert.
         policy: what to do.
-        devices: what they compute; the radio says how fast their links are.
-        radio: the band.
+        band: the devices and their radio.
         division: how the band is divided, or a fixed division such as `allocation.static` gives, [K] Hz.
         context: what else is known of the block; its model is not read.
         rounds: how often selection and a division per block may take turns.
     """
     if isinstance(division, str) and division == "shared":
-        model = radio.whole(devices, "shared")
-        plan, load = _select(routing, owner, policy, model, context)
-        return Decision(plan, load, makespan(load, model), None)
+        plan, load = _select(routing, owner, policy, band.shared, context)
+        return Decision(plan, load, makespan(load, band.shared), None)
+    radio, devices = band.radio, band.devices
     if not isinstance(division, str) or division == "uniform":
         shares_hz = uniform(radio) if isinstance(division, str) else division
-        model = radio.model(devices, shares_hz)
+        model = band.uniform if isinstance(division, str) else radio.model(devices, shares_hz)
         plan, load = _select(routing, owner, policy, model, context)
         return Decision(plan, load, makespan(load, model), shares_hz)
     if isinstance(policy, Bottleneck) and radio.rate == "linear":
-        return _divided(*_select(routing, owner, policy, radio.whole(devices, "pooled"), context), devices, radio)
+        return _divided(*_select(routing, owner, policy, band.pooled, context), devices, radio)
     if not isinstance(policy, (Wlr, Capacity, Bottleneck)):
         return _divided(*_select(routing, owner, policy, devices, context), devices, radio)  # they know no times
-    shares_hz, best = uniform(radio), None
+    model, best = band.uniform, None
     for turn in range(rounds):
-        plan, load = _select(routing, owner, policy, radio.model(devices, shares_hz), context)
+        plan, load = _select(routing, owner, policy, model, context)
         found = _divided(plan, load, devices, radio)
         if best is None or found.block.total_ms < best.block.total_ms:
             best = found
         if turn < rounds - 1 and found.shares_hz is not None:
             # A device that is asked for nothing now has no share; it is known by the smallest one.
-            shares_hz = np.where(load.rows > 0, found.shares_hz, found.shares_hz[load.rows > 0].min())
+            least_hz = found.shares_hz[load.rows > 0].min()
+            model = radio.model(devices, np.where(load.rows > 0, found.shares_hz, least_hz))
     if best is None:
         raise ValueError(f"{rounds} rounds, expected at least 1")
     return best

@@ -34,6 +34,7 @@ _FEW = 6  # pairs of one token that are tried in all combinations
 _ROUNDS = 2  # of a pooled band: what a row costs depends on the block time, which depends on the rows
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the budget, tried for devices that are late by themselves
 _NEAR = 1.01  # to what cannot be beaten, to look no further
+_AGAIN = 512  # tokens, up to which such rounds are made, and a second look where two pairs of one token compete
 _STEPS = 40  # of a bisection: to 1e-12 of its range
 
 
@@ -69,10 +70,12 @@ def unload(experts: Ints, pairs: Pairs, may: Bools, allowance: float, model: Lat
         model: of the devices.
         n_experts: of a block.
     """
+    if len(may) > _AGAIN:
+        return spare_last(pairs, _unload(experts, pairs, may, allowance, model, n_experts)[0])
     best, best_ms = np.zeros(may.shape, np.bool_), np.inf
     for _ in range(2):
         found, found_ms = _unload(experts, pairs, may, allowance, model, n_experts)
-        lost = np.flatnonzero(~(pairs.lead & ~found).any(axis=1))
+        lost = pairs.without_any(found)
         if len(lost):
             # Tokens that would lose all their pairs get the most important back, and it is no longer on offer.
             back = pairs.importance[lost].argmax(axis=1)
@@ -80,7 +83,7 @@ def unload(experts: Ints, pairs: Pairs, may: Bools, allowance: float, model: Lat
             may[lost, back] = found[lost, back] = False
             found_ms = makespan(_load(experts, pairs, found, model, n_experts), model).total_ms
         if found_ms < best_ms:
-            best, best_ms = spare_last(pairs, found), found_ms
+            best, best_ms = found, found_ms
         if len(lost) == 0:
             break
     return best
@@ -90,9 +93,9 @@ def _unload(
     experts: Ints, pairs: Pairs, may: Bools, allowance: float, model: LatencyModel, n_experts: int
 ) -> tuple[Bools, float]:
     nothing = np.zeros(may.shape, np.bool_)
-    load = _load(experts, pairs, nothing, model, n_experts)
+    load = _load(experts, pairs, None, model, n_experts)
     full = makespan(load, model)
-    ladders = make_ladders(experts, pairs, may, load, model, allowance) if allowance > 0 else None
+    ladders = make_ladders(experts, pairs, may, load, model, allowance, n_experts) if allowance > 0 else None
     if ladders is None:
         return nothing, full.total_ms
     if model.medium == "own":
@@ -100,26 +103,25 @@ def _unload(
         return ladders.drop(chosen, may.shape), ladders.slowest_ms(chosen)
     best, best_ms = nothing, full.total_ms
 
-    def weigh(chosen: Chosen) -> float:
+    def weigh(chosen: Chosen) -> tuple[float, float]:
+        """Take what is chosen if it is the best so far; return its block time, and all time on the air."""
         nonlocal best, best_ms
         drop = ladders.drop(chosen, may.shape)
-        took_ms = makespan(_load(experts, pairs, drop, model, n_experts), model).total_ms
+        left = _load(experts, pairs, drop, model, n_experts)
+        took_ms = makespan(left, model).total_ms
         if took_ms < best_ms * (1 - 1e-9):
             best, best_ms = drop, took_ms
-        return took_ms
+        return took_ms, float((left.rows * model.row_air_ms).sum())
 
     compute_ms = load.compute_ms(model)
     t_ms = full.total_ms
-    for _ in range(_ROUNDS if model.medium == "pooled" else 1):
+    for _ in range(_ROUNDS if model.medium == "pooled" and len(may) <= _AGAIN else 1):
         value = model.row_air_ms
         if model.medium == "pooled":
             value = value / np.maximum(t_ms - 2 * model.way_ms - compute_ms, 1e-6 * t_ms)
         chosen = ladders.spend(ladders.top(), value, allowance, _STEPS)
-        t_ms = weigh(chosen)
-    # By price alone the air is used as little as the budget allows: no plan can beat that.
-    air_ms = float(
-        (_load(experts, pairs, ladders.drop(chosen, may.shape), model, n_experts).rows * model.row_air_ms).sum()
-    )
+        t_ms, air_ms = weigh(chosen)
+    # By price alone the air is used as little as the budget allows: on a shared channel no plan can beat that.
     if (t_ms > _NEAR * air_ms) if model.medium == "shared" else ladders.may_empty:
         for share in _SHARES:
             base = ladders.bring_down(share * allowance, _STEPS)
@@ -127,11 +129,17 @@ def _unload(
     return best, best_ms
 
 
-def _load(experts: Ints, pairs: Pairs, drop: Bools, model: LatencyModel, n_experts: int) -> Load:
-    keep = pairs.keep_without(drop)
-    calls = np.bincount((pairs.device * n_experts + experts)[keep])
+def _load(experts: Ints, pairs: Pairs, drop: Bools | None, model: LatencyModel, n_experts: int) -> Load:
+    called = pairs.device * n_experts + experts
+    further = ~pairs.lead  # experts of a pair beside its first, for which no row travels
+    if drop is None:
+        calls = np.bincount(called.ravel())
+    else:
+        keep = pairs.keep_without(drop)
+        calls, further = np.bincount(called[keep]), further & keep
     made = np.flatnonzero(calls)
-    rows = np.bincount(pairs.device[pairs.lead & ~drop], minlength=model.n_devices)
+    rows = np.bincount(made // n_experts, calls[made], model.n_devices).astype(np.int64)
+    rows -= np.bincount(pairs.device[further], minlength=model.n_devices)
     return Load(rows, made // n_experts, calls[made])
 
 

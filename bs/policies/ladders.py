@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from wdmoe.bs.airtime import LatencyModel, Load, Times
 from wdmoe.bs.policies.pairs import Pairs
-from wdmoe.bs.routing import Bools, Ints
+from wdmoe.bs.routing import Bools, Floats, Ints
 
 _ALL_SUBSETS = 3  # experts that a device may be rid of in all combinations; of more, only in the order of their cost
 
@@ -53,7 +53,7 @@ class Ladders:
                 high_ms = t_ms
             else:
                 low_ms = t_ms
-            if high_ms - low_ms <= 1e-9 * high_ms:
+            if high_ms - low_ms <= 1e-8 * high_ms:
                 break
         at = descending.below(top_ms - high_ms)
         spent = self.spent[at]
@@ -137,7 +137,7 @@ class Ladders:
 
 
 def make_ladders(
-    experts: Ints, pairs: Pairs, may: Bools, load: Load, model: LatencyModel, allowance: float
+    experts: Ints, pairs: Pairs, may: Bools, load: Load, model: LatencyModel, allowance: float, n_experts: int
 ) -> Ladders | None:
     """Build the ladders of a block, or none if nobody may lose anything.
 
@@ -148,16 +148,15 @@ def make_ladders(
         load: with nothing left out.
         model: of the devices.
         allowance: emptying experts for more than this is not looked at.
+        n_experts: of a block.
     """
     at = np.flatnonzero(may)
     if len(at) == 0:
         return None
     importance, device = pairs.importance.ravel(), pairs.device.ravel()
-    at = at[np.argsort(importance[at], kind="stable")]
-    at = at[np.argsort(_small(device[at]), kind="stable")]
+    at = _by_device(at, device[at], importance[at])
     loaded = np.flatnonzero(load.rows)
     bounds = np.searchsorted(device[at], np.append(loaded, model.n_devices))
-    n_experts = int(experts.max()) + 1
     calls = np.bincount((pairs.device * n_experts + experts).ravel())  # what each device is called for
 
     sequences: list[Ints] = []
@@ -178,7 +177,7 @@ def make_ladders(
     ladder = np.repeat(np.arange(len(owner)), lengths)
     place = np.arange(len(item)) + 2 * ladder  # of the step in [N]
     cost = importance[item].astype(np.float64)
-    saved_ms = model.row_air_ms[owner[ladder]] + model.staging_ms[owner[ladder]]
+    saved_ms = (model.row_air_ms + model.staging_ms)[owner][ladder]
     saved_ms = saved_ms + _call_savings(item, ladder, owner, experts, pairs, calls, n_experts, model)
 
     n = int(start[-1])
@@ -231,25 +230,28 @@ def _call_savings(
 ) -> Times:
     """Return what each step saves of expert calls: those of c tokens become calls of c - 1."""
     k = experts.shape[1]
-    token, slot = item // k, item % k
-    position, expert = [np.arange(len(item))], [experts.ravel()[item]]
-    for other in range(1, k):  # further experts of the pair
-        more = np.flatnonzero((pairs.lead_of[token, other] == slot) & (slot != other))
-        position.append(more)
-        expert.append(experts[token[more], other])
-    at, which = np.concatenate(position), np.concatenate(expert)
-    if len(at) > len(item):
+    at, which = np.arange(len(item)), experts.ravel()[item]
+    if not pairs.lead.all():  # further experts of a pair
+        token, slot = item // k, item % k
+        for other in range(1, k):
+            more = np.flatnonzero((pairs.lead_of[token, other] == slot) & (slot != other))
+            at, which = np.concatenate((at, more)), np.concatenate((which, experts[token[more], other]))
         order = np.argsort(at, kind="stable")
         at, which = at[order], which[order]
     group = ladder[at] * n_experts + which
-    order = np.argsort(_small(group), kind="stable")
-    ordered = group[order]
-    begins = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-    rank = np.arange(len(ordered)) - np.repeat(begins, np.diff(np.append(begins, len(ordered))))
-    device = owner[ladder[at[order]]]
-    tokens = calls[device * n_experts + which[order]] - rank
-    saved_ms = model.call_ms(device, tokens) - model.call_ms(device, tokens - 1)
-    return np.bincount(at[order], saved_ms, len(item)).astype(np.float64, copy=False)
+    if (group[1:] < group[:-1]).any():
+        order = np.argsort(_small(group), kind="stable")
+        at, group = at[order], group[order]
+    # Of each group (ladder, expert): the first entry ends a call of all tokens, the next one of one less, and so on.
+    begins = np.flatnonzero(np.concatenate(([True], group[1:] != group[:-1])))
+    sizes = np.diff(np.append(begins, len(group)))
+    device = owner[group[begins] // n_experts]
+    tokens = calls[device * n_experts + group[begins] % n_experts]
+    width = model.up_to + 1
+    index = np.repeat(model.table[device] * width + tokens + begins, sizes) - np.arange(len(group))
+    tables = model.tables.ravel()
+    saved_ms = (tables[index] - tables[index - 1]) * np.repeat(model.slowness[device], sizes)
+    return np.bincount(at, saved_ms, len(item)).astype(np.float64, copy=False)
 
 
 def _along(steps: Times, place: Ints, start: Ints, lengths: Ints) -> Times:
@@ -259,6 +261,18 @@ def _along(steps: Times, place: Ints, start: Ints, lengths: Ints) -> Times:
     total = np.cumsum(total)
     result: Times = total - np.repeat(total[start[:-1]], lengths + 2)
     return result
+
+
+def _by_device(at: Ints, device: Ints, importance: Floats) -> Ints:
+    """Sort flat indices by device, then by importance, then as they are."""
+    if int(at[-1]) >= 1 << 16 or int(device.max()) >= 1 << 15:
+        return at[np.lexsort((importance, device))]
+    # In one number: those of a float32 that is not negative stand in the order of its bits.
+    keys = device.astype(np.int64) << 48
+    keys |= importance.astype(np.float32).view(np.int32).astype(np.int64) << 16
+    keys |= at
+    keys.sort()
+    return keys & 0xFFFF
 
 
 def _small(keys: Ints) -> npt.NDArray[np.integer]:

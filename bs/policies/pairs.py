@@ -31,8 +31,17 @@ class Pairs:
 
     def per_token(self) -> Ints:
         """[tokens], how many pairs each has."""
-        count: Ints = self.lead.sum(axis=1)
+        count = self.lead[:, 0].astype(np.int64)
+        for slot in range(1, self.lead.shape[1]):  # far faster than a sum along so short an axis
+            count += self.lead[:, slot]
         return count
+
+    def without_any(self, drop: Bools) -> Ints:
+        """Return the tokens that would lose all their pairs."""
+        some = self.lead[:, 0] & ~drop[:, 0]
+        for slot in range(1, self.lead.shape[1]):
+            some |= self.lead[:, slot] & ~drop[:, slot]
+        return np.flatnonzero(~some)
 
 
 def slot_importance(routing: Routing, options: Options, context: Context) -> Floats:
@@ -81,7 +90,7 @@ def droppable(pairs: Pairs, protect: bool) -> Bools:
 
 def spare_last(pairs: Pairs, drop: Bools) -> Bools:
     """Give every token that would lose all its pairs its most important one back."""
-    lost = np.flatnonzero(~(pairs.lead & ~drop).any(axis=1))
+    lost = pairs.without_any(drop)
     if len(lost):
         drop = drop.copy()
         drop[lost, pairs.importance[lost].argmax(axis=1)] = False
@@ -116,10 +125,22 @@ def kept_weights(routing: Routing, keep: Bools, renormalise: bool) -> Floats:
         return np.array([[first * scale * keep[0, 0], second * scale * keep[0, 1]]], np.float32)
     weights = np.where(keep, routing.weights, np.float32(0))
     if renormalise:
-        left = weights.sum(axis=1, keepdims=True)
+        left = _sums(weights)
         left[left == 0] = 1  # weights may be too small for float32
-        weights *= routing.weights.sum(axis=1, keepdims=True) / left
+        weights *= (_sums(routing.weights) / left)[:, None]
     return weights
+
+
+def _sums(weights: Floats) -> Floats:
+    """Sum along the slots: up to 7 numpy adds one after the other as well, but far slower."""
+    k = weights.shape[1]
+    if k > 7:
+        sums: Floats = weights.sum(axis=1)
+        return sums
+    total = weights[:, 0].copy()
+    for slot in range(1, k):
+        total += weights[:, slot]
+    return total
 
 
 def plan_without(routing: Routing, pairs: Pairs, drop: Bools, options: Options, stopped: str | None = None) -> Plan:

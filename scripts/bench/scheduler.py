@@ -26,7 +26,7 @@ from devices import random_model
 from scripts.bench._environment import CpuUse, environment, progress, write_json
 from scripts.bench.simulator import simulation_s
 from wdmoe.bs.allocation import Radio
-from wdmoe.bs.deciding import Division, decide
+from wdmoe.bs.deciding import Division, decide, make_band
 from wdmoe.bs.policies import Context, parse_policy
 from wdmoe.bs.routing import Routing, route
 
@@ -92,6 +92,7 @@ def measure(tokens: int, repeats: int, seed: int) -> dict[str, float]:
     devices = random_model(rng, N_DEVICES, "own", up_to=tokens)
     quality = rng.uniform(1, 6, N_DEVICES)
     radio = Radio(100e6, 65_536.0, quality, quality)
+    band = make_band(devices, radio)
     questions = [ask(rng, tokens) for _ in range(_ROUTINGS)]
     owner = np.arange(N_EXPERTS)
     times: dict[str, float] = {}
@@ -99,9 +100,9 @@ def measure(tokens: int, repeats: int, seed: int) -> dict[str, float]:
         policy = parse_policy(text)
         for division in get_args(Division):
             for routing, context in questions[:_WARM_UP]:
-                decide(routing, owner, policy, devices, radio, division, context)
+                decide(routing, owner, policy, band, division, context)
             taken = [
-                timed(routing, owner, policy, devices, radio, division, context)
+                timed(routing, owner, policy, band, division, context)
                 for _ in range(repeats)
                 for routing, context in questions
             ]

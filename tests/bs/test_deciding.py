@@ -8,7 +8,7 @@ from devices import random_model
 
 from wdmoe.bs.airtime import Load, few_finish_ms, load_of, makespan
 from wdmoe.bs.allocation import Radio, uniform
-from wdmoe.bs.deciding import Division, decide, row_times
+from wdmoe.bs.deciding import Division, decide, make_band, row_times
 from wdmoe.bs.policies import POLICIES, Context, parse_policy
 from wdmoe.bs.routing import Routing, route
 
@@ -30,8 +30,8 @@ def test_a_decision_is_whole(name: str, division: Division, tokens: int) -> None
     routing, context, rng = drawn(tokens, tokens)
     devices = random_model(rng, 4, "own")
     radio = Radio(20e6, 65_536.0, rng.uniform(2, 6, 4), rng.uniform(2, 6, 4))
-    exact = decide(routing, OWNER, parse_policy("exact"), devices, radio, division, context)
-    found = decide(routing, OWNER, parse_policy(name), devices, radio, division, context)
+    exact = decide(routing, OWNER, parse_policy("exact"), make_band(devices, radio), division, context)
+    found = decide(routing, OWNER, parse_policy(name), make_band(devices, radio), division, context)
     assert (found.shares_hz is None) == (division == "shared") == (found.block.order is not None)
     if found.shares_hz is not None:
         assert found.shares_hz.sum() == pytest.approx(radio.bandwidth_hz)
@@ -47,7 +47,9 @@ def test_further_rounds_never_make_a_block_longer(name: str) -> None:
         routing, context, rng = drawn(seed, 40)
         devices, radio = random_model(rng, 4, "own"), Radio(20e6, 65_536.0, *rng.uniform(1, 6, (2, 4)))
         once, thrice = (
-            decide(routing, OWNER, parse_policy(name), devices, radio, "per-block", context, rounds).block.total_ms
+            decide(
+                routing, OWNER, parse_policy(name), make_band(devices, radio), "per-block", context, rounds
+            ).block.total_ms
             for rounds in (1, 3)
         )
         assert thrice <= once
@@ -56,8 +58,8 @@ def test_further_rounds_never_make_a_block_longer(name: str) -> None:
 def test_a_fixed_division_is_taken_as_it_is() -> None:
     routing, context, rng = drawn(0, 20)
     devices, radio = random_model(rng, 4, "own"), Radio(20e6, 65_536.0, *rng.uniform(1, 6, (2, 4)))
-    fixed = decide(routing, OWNER, parse_policy("exact"), devices, radio, uniform(radio), context)
-    same = decide(routing, OWNER, parse_policy("exact"), devices, radio, "uniform", context)
+    fixed = decide(routing, OWNER, parse_policy("exact"), make_band(devices, radio), uniform(radio), context)
+    same = decide(routing, OWNER, parse_policy("exact"), make_band(devices, radio), "uniform", context)
     assert fixed.block.total_ms == same.block.total_ms
 
 
