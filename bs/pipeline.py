@@ -201,11 +201,11 @@ class Pipeline:
         events = self._hub.turn(0.0)
         if self._trace is not None:
             self._trace.add(LOOP, "send", started_s, self._hub.clock.now_s())
+        self.requests.on_events(events)
         self.requests.check()  # while what was just sent is on its way
         if not events and not self._worker.due():
             wait_s = min(1.0, self.requests.next_check_s() - self._hub.clock.now_s())
-            events = self._hub.turn(max(0.0, wait_s))
-        self.requests.on_events(events)
+            self.requests.on_events(self._hub.turn(max(0.0, wait_s)))
         for done in self._worker.finished():
             if done.error is not None:
                 raise done.error

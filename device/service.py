@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from wdmoe.profiles.device_profile import DeviceProfile
+from wdmoe.profiles.device_profile import DeviceProfile, interpolate
 from wdmoe.runtime.clock import Clock
 from wdmoe.runtime.engines import ExpertEngine
 from wdmoe.runtime.errors import ProtocolError
@@ -87,9 +87,11 @@ class DeviceService:
     _last_heard_s: float = 0.0
     _last_hello_s: float = field(default=float("-inf"))
     _held: frozenset[tuple[int, int]] = frozenset()
+    _curve: tuple[tuple[int, float], ...] = ()  # of the profile
 
     def __post_init__(self) -> None:
-        """Index what is held."""
+        """Index what is held, and work out the profile's curve once."""
+        self._curve = self.profile.curve()
         self._held = frozenset((entry.block, entry.expert) for entry in self.manifest.experts)
 
     def on_tick(self) -> list[Message]:
@@ -119,7 +121,7 @@ class DeviceService:
                 if (text := self._refusal(request)) is not None:
                     return [Message(ErrorReport(text, request.request_id))], None
                 self.requests += 1
-                expected_ms = sum(map(self.profile.call_ms, request.counts))
+                expected_ms = sum(interpolate(self._curve, count) for count in request.counts)
                 return [], Job(lambda: self._compute(message, now_s), expected_ms)
             case ErrorReport(text=text, final=final):
                 self.welcomed = False

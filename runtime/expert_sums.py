@@ -36,11 +36,7 @@ def _sum_at_the_end(
 ) -> Rows:
     """Lay the outputs out by row, then multiply each row's with its weights: reads and writes a third as much."""
     n, d_model = rows.shape
-    # The place of an entry: after those of the same row whose experts come before.
-    order = np.argsort(index, kind="stable")
-    first = np.searchsorted(index[order], np.arange(n))
-    place = np.empty(len(index), np.int64)
-    place[order] = index[order].astype(np.int64) * most + np.arange(len(index)) - first[index[order]]
+    place = _places(index, n, most)
     weights = np.zeros(n * most, np.float32)
     weights[place] = request_weights(request)
     outputs = np.empty((n * most, d_model), np.float32)
@@ -54,6 +50,18 @@ def _sum_at_the_end(
         at += count
     total: Rows = np.matmul(weights.reshape(n, 1, most), outputs.reshape(n, most, d_model)).reshape(n, d_model)
     return total
+
+
+def _places(index: npt.NDArray[np.uint32], n: int, most: int) -> npt.NDArray[np.int64]:
+    """Return the place of each entry's output: after those of the same row whose experts come before."""
+    numbers = np.arange(len(index))
+    if n == 1:
+        return numbers
+    order = np.argsort(index, kind="stable")
+    by_row = index[order]
+    place = np.empty(len(index), np.int64)
+    place[order] = by_row.astype(np.int64) * most + numbers - np.searchsorted(by_row, np.arange(n))[by_row]
+    return place
 
 
 def _sum_as_they_come(engine: ExpertEngine, request: ExpertRequest, rows: Rows, index: npt.NDArray[np.uint32]) -> Rows:
