@@ -163,6 +163,7 @@ def command(bundle: Path, *arguments: str) -> Result:
     return CliRunner().invoke(main, ["run", "--bundle", str(bundle), "--dataset", "piqa-sample", *arguments])
 
 
+@pytest.mark.timeout(180)
 def test_the_command_says_that_times_are_modelled_and_repeats_itself(bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="needs the extra `eval`")
     options = ["--limit", "2", "--clock", "virtual", "--devices", ",".join(FOUR.devices), "--link", "wifi-6-far"]
