@@ -1,7 +1,7 @@
 """The journal of an unfinished bundle: which of its large files are finished, and the lock on it.
 
-A file is on the disk, under its final name, before the journal says so. One found again after an interruption is
-used only if its content still has the hash written here.
+The journal knows of a file just before it gets its final name, so that none that has it is written again. One found
+again after an interruption is used only if its content has the hash written here.
 """
 
 from __future__ import annotations

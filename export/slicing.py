@@ -112,8 +112,8 @@ class ExpertStore:
             else:
                 outputs = answers_of(rows, *(self._floats(part, writer, losses, on_bytes) for part in parts))
             entry = writer.finish()
+            self._journal.add(self._key(block, expert), Finished(entry, losses))
             writer.rename(self._folder / expert_file_name(entry.sha256))
-        self._journal.add(self._key(block, expert), Finished(entry, losses))
         return ExpertFile(entry, writer.spans, outputs, losses)
 
     def seal(self, used: frozenset[str]) -> None:

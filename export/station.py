@@ -90,8 +90,11 @@ def put_weights(
             {name: Weight(path.name, span) for name, span in read_spans(path).items()},
             finished.losses,
         )
-    weights, entry, losses = write_station_weights(path, checkpoint, parts, precision, clamp, on_bytes)
-    journal.add(key, Finished(entry, losses))
+
+    def note(entry: FileEntry, losses: Losses) -> None:
+        journal.add(key, Finished(entry, losses))
+
+    weights, entry, losses = write_station_weights(path, checkpoint, parts, precision, clamp, on_bytes, note)
     return StationWeights(entry, weights, losses)
 
 

@@ -158,6 +158,7 @@ def write_station_weights(
     precision: StagePrecision,
     clamp: bool,
     on_bytes: Callable[[int], None],
+    on_finished: Callable[[FileEntry, Losses], None],
 ) -> tuple[dict[str, Weight], FileEntry, Losses]:
     """Write weights of the base station.
 
@@ -168,6 +169,7 @@ def write_station_weights(
         precision: of its matrices.
         clamp: whether values that float16 cannot hold become its largest.
         on_bytes: called with the number of bytes read from the checkpoint since the last call.
+        on_finished: called before the whole file gets its name.
 
     Raises:
         CheckpointError: a weight does not fit into float16.
@@ -183,5 +185,6 @@ def write_station_weights(
                     writer.write(piece)
                     on_bytes(raw.nbytes)
         entry = writer.finish()
+        on_finished(entry, losses)
         writer.rename(path)
     return {part.name: Weight(path.name, writer.spans[part.name]) for part in parts}, entry, losses

@@ -68,6 +68,7 @@ def test_every_report_says_what_is_emulated(bundle: Path, tmp_path: Path) -> Non
         assert device["emulated"] == {
             "device": "orin-nx-16gb", "link": "wifi-6-mid", "seed": 3, "d_model": 1024, "d_ff": 2048, "precision": "fp16",
             "shared": False,
+            "share": 1.0,
         }  # fmt: skip
         assert device["round_trip_ms"] > 1.8
     assert report["link"]["emulated"] == ["wifi-6-mid"]
