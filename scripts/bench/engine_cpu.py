@@ -13,7 +13,6 @@ the packed bytes, one token with int4 <= 1.5 x the floor. Exit code 1 if one is 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from processes import exit_on_sigterm
 from scripts.bench._environment import environment, progress, undisturbed, write_json
 from scripts.bench._experts import N_EXPERTS, export_experts
 from wdmoe.device.cli_tools import read_shape
+from wdmoe.device.config import DeviceConfig
 from wdmoe.profiles.modelled import ExpertShape
 from wdmoe.runtime.engines.onnxruntime_engine import OnnxruntimeEngine
 from wdmoe.runtime.manifest import DeviceManifest, Precision, read_manifest
@@ -49,7 +49,7 @@ _ATTEMPTS = 4
 )
 @click.option("--shape", metavar="DxF", default="4096x14336", show_default=True, callback=read_shape)
 @click.option(
-    "--threads", type=click.IntRange(min=1), default=os.cpu_count() or 1, show_default="all processors",
+    "--threads", type=click.IntRange(min=1), default=DeviceConfig().threads, show_default=True,
     help="Of the engine, and of the reading that makes the floor.",
 )  # fmt: skip
 @click.option("--calls", type=click.IntRange(min=2), default=60, show_default=True, help="Timed in one measurement.")
