@@ -19,6 +19,7 @@ from wdmoe.bs.dispatch import Shipment, combine, relative_error, split_by_device
 from wdmoe.bs.fleet import NOBODY
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
+from wdmoe.bs.importance import norms_of_text
 from wdmoe.bs.latency import DeviceLatency, row_ms
 from wdmoe.bs.microbatch import Microbatch, Result
 from wdmoe.bs.policies import Context, Exact, Policy, select
@@ -133,6 +134,7 @@ class Pipeline:
         self._hub = hub
         self._stages = stages
         self._model = manifest.model
+        self._norms = norms_of_text(manifest)
         self._wire: Wire = wire
         self._skip_lost = skip_lost
         self._medium: Medium = medium
@@ -421,6 +423,7 @@ class Pipeline:
         context = Context(
             block,
             latency_model(latencies, len(routing.experts), medium=self._medium),
+            norms=None if self._norms is None else self._norms[block],
             probabilities=route(router_logits, self._model.n_experts, normalise=False).by_expert(),
         )
         return select(routing, owner, row_ms(latencies, counts, owner), policy, context)

@@ -53,7 +53,9 @@ def slot_importance(routing: Routing, options: Options, context: Context) -> Flo
     if options.importance == "weight":
         return routing.weights
     if context.norms is None:
-        raise ValueError(f"{options.describe()}: this bundle has no calibrated norms; take importance=weight")
+        raise ValueError(
+            f"{options.describe()}: this bundle has no norms calibrated on a text; make them with wdmoe-export calibrate, or take importance=weight"
+        )
     return routing.weights * context.norms[routing.experts]
 
 

@@ -152,7 +152,7 @@ def test_norms_decide_what_is_important() -> None:
     norms = np.array([1.0, 1.0, 0.1, 1.0], np.float32)
     normed = select(routing, owner, row_ms, policy, Context(norms=norms))
     np.testing.assert_array_equal(normed.keep, [[True, False], [True, True]])
-    with pytest.raises(ValueError, match="no calibrated norms"):
+    with pytest.raises(ValueError, match="no norms calibrated on a text; make them"):
         select(routing, owner, row_ms, policy, Context())
 
 

@@ -13,12 +13,13 @@ import pytest
 from inprocess import System, open_system, run_sequence
 
 from wdmoe.bs.microbatch import answers_of, pack_questions, pack_sequence
-from wdmoe.bs.policies import Exact, Policy, Wlr
+from wdmoe.bs.policies import Exact, Policy, Wlr, parse_policy
 from wdmoe.bs.questions import Answer, Choice, Question
 from wdmoe.bs.records import summarise
 from wdmoe.bs.scoring import DistributedScorer
 from wdmoe.bs.stages import new_cache
 from wdmoe.runtime.errors import DeviceFailed, DevicesMissing, DeviceTimeout
+from wdmoe.runtime.manifest import BsManifest, read_manifest
 from wdmoe.runtime.messages import ErrorReport, ExpertReply, Goodbye, Message, encode
 
 PROMPT = list(b"How does one keep bread fresh?")
@@ -272,3 +273,22 @@ def test_answers_are_split_by_choice(bundle: Path) -> None:
     n = len(QUESTION.choices[0].continuation)
     assert answer.log_likelihoods[0] == pytest.approx(float(result.logprobs[:n].sum()), rel=1e-6)
     assert answer.log_likelihoods[1] == pytest.approx(float(result.logprobs[n:].sum()), rel=1e-6)
+
+
+def test_policies_weigh_by_norms_that_a_text_gave_and_by_no_others(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = parse_policy("top-cut:importance=norm")  # it looks at no latency
+    with open_system(bundle) as system, pytest.raises(ValueError, match="make them with wdmoe-export calibrate"):
+        run_sequence(system, PROMPT, policy)
+
+    def by_norms(norms: list[float]) -> np.ndarray:
+        model = read_manifest(bundle / "bs", BsManifest).model
+        rows = np.tile(np.array(norms, np.float32), (model.n_blocks, 1))
+        monkeypatch.setattr("wdmoe.bs.pipeline.norms_of_text", lambda manifest: rows)
+        with open_system(bundle) as system:
+            return run_sequence(system, PROMPT, policy)
+
+    even, odd = [1.0, 1e-3] * 4, [1e-3, 1.0] * 4
+    assert np.array_equal(by_norms(even), by_norms(even))
+    assert not np.array_equal(by_norms(even), by_norms(odd))
