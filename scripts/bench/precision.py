@@ -8,7 +8,7 @@ them, so that nothing but the precision differs. Bars: perplexity of wikitext2 a
 1.05 x for int4; over at least 5,000 rows of five sets, the lower end of the 95 % interval of the paired accuracy difference at
 least -1.0 points (with fewer rows that is reported, not judged). Exit code 1 if a bar is missed.
 
-With a FILE, what is done is kept, precision by precision and set by set, in FILE.PRECISION.unfinished; the same command goes on.
+With a FILE, what is done is kept, set by set, in FILE.unfinished; the same command goes on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,17 +71,16 @@ class InPrecision:
 
 
 @dataclass(frozen=True, slots=True)
-class TwoPipelines:
-    """Stands where a pipeline stands: `Exact` is answered by the reference, `InPrecision` by the candidate."""
+class PipelineOfEach:
+    """Stands where a pipeline stands: `Exact` is answered by the reference, `InPrecision` by the bundle it names."""
 
-    reference: Pipeline
-    candidate: Pipeline
+    pipelines: dict[Precision, Pipeline]
 
     def run(
         self, microbatches: Iterable[Microbatch], policy: Policy | InPrecision, in_flight: int = 1
     ) -> Iterator[tuple[int, Result, Record]]:
         """Run microbatches; see `Pipeline`."""
-        pipeline = self.candidate if isinstance(policy, InPrecision) else self.reference
+        pipeline = self.pipelines[policy.precision if isinstance(policy, InPrecision) else REFERENCE]
         return pipeline.run(microbatches, Exact(), in_flight)
 
 
@@ -113,37 +112,28 @@ def main(
     checkpoint, name = find_checkpoint(model, progress)
     tasks = [load_task(dataset, data_dir) for dataset in dict.fromkeys(datasets)]
     text = load_task(PERPLEXITY_SET, data_dir)
-    results: dict[str, Any] = {}
-    reference_likelihood: dict[str, float] = {}
-    with tempfile.TemporaryDirectory(prefix="wdmoe-precision-") as scratch:
-        bundles = {one: export(checkpoint, name, Path(scratch), one) for one in (REFERENCE, *dict.fromkeys(precisions))}
-        for precision in dict.fromkeys(precisions):
-            kept = None if target == "-" else Path(f"{target}.{precision}.unfinished")
-            ids = [read_manifest(bundles[one] / "bs", BsManifest).bundle_id for one in (REFERENCE, precision)]
-            now = {"bundles": ids, "tokens": tokens, "engine": engine, "batch": batch}
-            finished, refused = read_finished(kept, now) if kept is not None else (Finished(), None)
-            if refused is not None:
-                progress(f"{kept}: nothing of it is used again: {refused}")
-            # The reference reads the text once for all precisions.
-            finished.likelihoods = reference_likelihood | finished.likelihoods
-            started = time.perf_counter()
-            with ExitStack() as stack:
-                systems = [
-                    stack.enter_context(open_system(bundles[one], engine=engine)) for one in (REFERENCE, precision)
-                ]
-                progress(f"{precision}: {engine}, {N_DEVICES} devices in this process")
+    asked = tuple(dict.fromkeys(precisions))
+    with tempfile.TemporaryDirectory(prefix="wdmoe-precision-") as scratch, ExitStack() as stack:
+        bundles = {one: export(checkpoint, name, Path(scratch), one) for one in (REFERENCE, *asked)}
+        kept = None if target == "-" else Path(f"{target}.unfinished")
+        ids = [read_manifest(bundle / "bs", BsManifest).bundle_id for bundle in bundles.values()]
+        now = {"bundles": ids, "tokens": tokens, "engine": engine, "batch": batch}
+        finished, refused = read_finished(kept, now) if kept is not None else (Finished(), None)
+        if refused is not None:
+            progress(f"{kept}: nothing of it is used again: {refused}")
+        started = time.perf_counter()
+        systems = {one: stack.enter_context(open_system(bundle, engine=engine)) for one, bundle in bundles.items()}
+        progress(f"{', '.join(bundles)}: {engine}, {N_DEVICES} devices each in this process")
 
-                def keep(done: Finished, kept: Path | None = kept, now: dict[str, Any] = now) -> None:
-                    if kept is not None:
-                        write_finished(kept, now, done)
+        def keep(done: Finished) -> None:
+            if kept is not None:
+                write_finished(kept, now, done)
 
-                quality = compare(
-                    systems, bundles[REFERENCE] / "bs", precision, tasks, text, finished, rows, tokens, batch, keep
-                )
-            reference_likelihood = {"exact": finished.likelihoods["exact"]}
-            wall_s = time.perf_counter() - started
-            results[precision] = describe(quality, precision, bundles[precision], wall_s)
-            progress(f"{precision}: {summary(results[precision])}")
+        qualities = compare(systems, bundles[REFERENCE] / "bs", tasks, text, finished, rows, tokens, batch, keep)
+        results = {one: describe(quality, one, bundles[one]) for one, quality in zip(asked, qualities, strict=True)}
+        wall_s = time.perf_counter() - started
+    for one, found in results.items():
+        progress(f"{one}: {summary(found)}")
     missed = [f"{one}: {bar}" for one, found in results.items() for bar, ok in found["reached"].items() if ok is False]
     result = {
         "model": name,
@@ -155,11 +145,12 @@ def main(
         "passed": not missed,
         "missed": missed,
         "precisions": results,
+        "wall_s": wall_s,
         **environment(("lm-eval", "numpy", "onnxruntime")),
     }
     write_json(target, result)
-    for precision in precisions if target != "-" else ():
-        Path(f"{target}.{precision}.unfinished").unlink(missing_ok=True)
+    if kept is not None:
+        kept.unlink(missing_ok=True)
     progress(f"missed: {'; '.join(missed)}" if missed else "no bar is missed")
     sys.exit(1 if missed else 0)
 
@@ -171,9 +162,8 @@ def export(checkpoint: Path, name: str, scratch: Path, precision: Precision) -> 
 
 
 def compare(
-    systems: Sequence[System],
+    systems: Mapping[Precision, System],
     folder: Path,
-    precision: Precision,
     tasks: Sequence[LoadedTask],
     text: LoadedTask,
     finished: Finished,
@@ -181,11 +171,11 @@ def compare(
     tokens: int | None,
     batch: int,
     keep: Callable[[Finished], None],
-) -> Quality:
-    """Answer everything with the reference and a candidate."""
+) -> list[Quality]:
+    """Answer everything with the reference and each other precision, in their order."""
     from tokenizers import Tokenizer
 
-    reference, candidate = systems
+    reference = systems[REFERENCE]
     model = reference.manifest.model
     assert reference.manifest.tokenizer is not None
     tokenizer = Tokenizer.from_file(str(folder / reference.manifest.tokenizer))
@@ -197,11 +187,11 @@ def compare(
         done[dataset] += 1
         if time.perf_counter() - said[0] > _PROGRESS_EVERY_S:
             said[0] = time.perf_counter()
-            progress(f"{precision}: {dataset} {done[dataset]}")
+            progress(f"{dataset} {done[dataset]}")
 
-    (quality,) = measure_quality(
-        cast("Pipeline", TwoPipelines(reference.pipeline, candidate.pipeline)),
-        [cast("Policy", InPrecision(precision))],
+    return measure_quality(
+        cast("Pipeline", PipelineOfEach({one: system.pipeline for one, system in systems.items()})),
+        [cast("Policy", InPrecision(one)) for one in systems if one != REFERENCE],
         tasks,
         text_windows(text, tokenizer, max_length=longest, tokens=tokens, prefix_token_id=prefix),
         tokenizer,
@@ -214,10 +204,9 @@ def compare(
         finished=finished,
         on_finished=keep,
     )
-    return quality
 
 
-def describe(quality: Quality, precision: Precision, bundle: Path, wall_s: float) -> dict[str, Any]:
+def describe(quality: Quality, precision: Precision, bundle: Path) -> dict[str, Any]:
     """Turn a comparison into plain JSON values, with what of the bars is reached; null where it cannot be judged."""
     manifest = read_manifest(bundle / "bs", BsManifest)
     low, high = quality.accuracy.interval_points
@@ -243,7 +232,6 @@ def describe(quality: Quality, precision: Precision, bundle: Path, wall_s: float
         },
         "expert_bytes": sum(path.stat().st_size for path in (bundle / "experts").iterdir()),
         "quantisation_error": None if error is None else msgspec.to_builtins(error),
-        "wall_s": wall_s,
     }
 
 
@@ -253,7 +241,7 @@ def summary(found: dict[str, Any]) -> str:
     return (
         f"perplexity {found['perplexity']:.3f} / {found['perplexity_fp32']:.3f} = {found['perplexity_ratio']:.5f} over "
         f"{found['tokens']} tokens, KL {found['mean_kl_nats'] or 0:.2e}, acc {found['accuracy_difference_points']:+.2f} points "
-        f"({low:+.2f} to {high:+.2f}, {found['rows']} rows), {found['wall_s']:.0f} s"
+        f"({low:+.2f} to {high:+.2f}, {found['rows']} rows)"
     )
 
 

@@ -1,6 +1,4 @@
-"""Carves SmolLM2-135M-Instruct with overlapping experts, two a token, and low-rank changes: a recipe on trial.
-
-What it has reached, and that the shipped artefact is not made by it, stands in docs/measurements.md.
+"""Makes export/data/smollm2-moe.safetensors: how to carve SmolLM2-135M-Instruct into a Mixture-of-Experts model.
 
 Of 1,536 neurons of a block a token uses 1,024: those of a shared expert, and of two of eight routed experts that
 overlap. The artefact holds, per block, which neurons those are, the router, a scale per neuron, low-rank changes of the
@@ -8,7 +6,7 @@ matrices and the norms. Planned from calibration text (`scripts/carving/planning
 (`fitting.py`), then trained end to end (`distil.py`). Reads the corpus only: the last twentieth of each file is held out
 to judge by, and no evaluation row is read. With --state an interrupted training goes on where it was saved last.
 
-    python scripts/carving/make.py --data-dir DATA --state STATE --out ARTEFACT
+    python scripts/carving/make.py --data-dir DATA --state STATE
 """
 
 from __future__ import annotations
@@ -29,19 +27,19 @@ from scripts.carving.student import Student
 from wdmoe.export.carve import CarveShape
 from wdmoe.export.carve_artefact import CarveArtefact, write_artefact
 from wdmoe.export.gguf_checkpoint import GgufCheckpoint, write_checkpoint
-from wdmoe.export.smollm2 import GGUF_SHA256, default_cache_dir, source_gguf
+from wdmoe.export.smollm2 import ARTEFACT, GGUF_SHA256, default_cache_dir, source_gguf
 
 SHAPE = CarveShape(shared=512, experts=8, expert_neurons=256, experts_per_token=2)
-DRAWN_WINDOWS = 4400  # of which the first are for the plan, the next for the fit, the rest to train on
+DRAWN_WINDOWS = 8800  # of which the first are for the plan, the next for the fit, the rest to train on
 CALIBRATION_WINDOWS = 32
 
 
 @click.command()
 @click.option("--data-dir", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True)
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), default=ARTEFACT, show_default=True)
 @click.option("--cache-dir", type=click.Path(file_okay=False, path_type=Path), default=default_cache_dir)
 @click.option("--state", type=click.Path(dir_okay=False, path_type=Path), help="Keeps the training every 50 steps.")
-@click.option("--steps", type=click.IntRange(min=0), default=165, show_default=True, help="Training steps.")
+@click.option("--steps", type=click.IntRange(min=0), default=800, show_default=True, help="Training steps.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 def main(data_dir: Path, out: Path, cache_dir: Path, state: Path | None, steps: int, seed: int, threads: int) -> None:

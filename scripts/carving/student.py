@@ -17,8 +17,8 @@ from wdmoe.export.carve import BlockPlan, CarveShape
 from wdmoe.export.carve_artefact import BlockChange
 from wdmoe.export.low_rank import LowRank
 
-RANKS = {"qkv": 12, "o": 12, "gate_up": 24, "down": 48}
-EXPERT_RANK = 8
+RANKS = {"qkv": 12, "o": 12, "gate_up": 24, "down": 36}
+EXPERT_RANK = 12
 WANTED_MARGIN = 0.02  # in gate logits; a smaller one counts as a near tie, which training is to move apart
 
 
