@@ -275,8 +275,9 @@ class Pipeline:
             flight.waiting -= 1
             self._continue_if_complete(flight, policy)
 
+        microbatch, devices = flight.microbatch.name, flight.record.devices
         flight.wants = [
-            Want(shipment, flight.microbatch.name, dispatched.record, self._may_skip(policy), on_done)
+            Want(shipment, microbatch, dispatched.record, devices, self._may_skip(policy), on_done)
             for shipment in dispatched.shipments
         ]
         flight.waiting = len(flight.wants)

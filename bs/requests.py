@@ -18,7 +18,7 @@ from wdmoe.bs.dispatch import Partial, Shipment, entries, regroup
 from wdmoe.bs.fleet import BS_HOLDS, Fleet
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import HEARTBEAT_S, Complained, Event, Hub, Joined, Left, Replied
-from wdmoe.bs.records import BlockRecord
+from wdmoe.bs.records import BlockRecord, DeviceUse
 from wdmoe.bs.routing import Floats, Ints
 from wdmoe.bs.tracing import Reply, Trace
 from wdmoe.runtime.errors import DeviceError, DeviceFailed, DeviceTimeout
@@ -53,6 +53,7 @@ class Want:
     shipment: Shipment
     name: str  # of the microbatch
     record: BlockRecord
+    devices: dict[str, DeviceUse]  # of the microbatch, by name
     may_skip: bool
     on_done: Callable[[Want], None]
     attempts: list[Attempt] = field(default_factory=list)
@@ -208,8 +209,12 @@ class Requests:
             self._trace.replies.append(Reply(name, request.block, want.name, *times_s))
         self._answers.append(Answer(name, request.counts, request.rows, took_ms))
         want.record.bytes_up += message_bytes(message)
-        want.record.device_ms = max(want.record.device_ms, header.compute_us / 1e3)
-        want.record.air_ms = max(want.record.air_ms, took_ms - header.compute_us / 1e3)
+        compute_ms, queue_ms = header.compute_us / 1e3, header.queue_us / 1e3
+        air_ms = took_ms - compute_ms
+        want.record.device_ms = max(want.record.device_ms, compute_ms)
+        want.record.air_ms = max(want.record.air_ms, air_ms)
+        want.record.queue_ms = max(want.record.queue_ms, queue_ms)
+        want.devices.setdefault(name, DeviceUse()).add(header.rows, compute_ms, queue_ms, air_ms)
         self._on_part(want, pending.attempt, name, (pending.shipment.rows, rows))
 
     def _on_part(self, want: Want, attempt: Attempt, device: str, partial: Partial) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from wdmoe.bs.config import VirtualConfig
+from wdmoe.bs.diagnosis import diagnose
 from wdmoe.bs.evaluation import Evaluation, LoadedTask, PairedDifference, paired_difference
 from wdmoe.bs.experiment import PolicyRun
 from wdmoe.bs.hub import Hub
@@ -25,16 +26,17 @@ from wdmoe.bs.station import Station
 from wdmoe.profiles.device_profile import Emulated
 from wdmoe.runtime.links import is_loopback
 
-RUN_FORMAT, RUN_VERSION = "wdmoe-run", 3
+RUN_FORMAT, RUN_VERSION = "wdmoe-run", 4
 
 
-def describe_run(station: Station, runs: Iterable[PolicyRun], command: str) -> dict[str, Any]:
+def describe_run(station: Station, runs: Sequence[PolicyRun], command: str) -> dict[str, Any]:
     """Turn a run into plain JSON values."""
     return {
         "format": RUN_FORMAT,
         "version": RUN_VERSION,
         **describe_station(station, command),
         "results": [_describe_policy(run) for run in runs],
+        "diagnosis": [asdict(finding) for finding in diagnose(runs, station.config.in_flight)],
     }
 
 
@@ -132,6 +134,17 @@ def link_words(result: dict[str, Any]) -> str:
     words = f"{link['kind']} ({link['wire']})"
     emulated = Counter(emulated_words(device) for device in result["devices"] if device["emulated"])
     return ", ".join([words, *(f"{count} {what}" for what, count in emulated.items())])
+
+
+def origin_of_times(result: dict[str, Any]) -> str:
+    """Say in a word what the times of a run are: modelled, emulated or measured.
+
+    Args:
+        result: of `describe_station`.
+    """
+    if result["clock"]["kind"] == "virtual":
+        return "modelled"
+    return "emulated" if any(device["emulated"] for device in result["devices"]) else "measured"
 
 
 def emulated_words(device: dict[str, Any]) -> str:

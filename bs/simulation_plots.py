@@ -21,7 +21,7 @@ def draw_simulation(result: dict[str, Any], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise WdmoeError(f"--plot needs matplotlib ({error}): pip install 'wdmoe[eval]'") from error
+        raise WdmoeError(f"--plot needs matplotlib ({error}): pip install 'wdmoe[plots]'") from error
     entries = result["results"]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     bars, pareto = figure.subplots(1, 2, width_ratios=(1, 1.2))

@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from wdmoe.bs.diagnosis import TITLES, Finding
 from wdmoe.bs.experiment import PolicyRun
 from wdmoe.bs.quality import PERPLEXITY_SET, Quality, QualityBar, judge
 from wdmoe.bs.results import emulated_words
@@ -94,8 +95,14 @@ def time_table(runs: Sequence[PolicyRun], virtual: bool = False) -> Group:
     for run in runs:
         summary = run.summary
         bs_ms = summary.bs_ms + summary.shared_ms
-        overhead_ms = summary.latency_share_ms - bs_ms - summary.waiting_ms
-        split_ms = (summary.latency_share_ms, bs_ms, summary.waiting_ms, overhead_ms, summary.air_ms, summary.device_ms)
+        split_ms = (
+            summary.latency_share_ms,
+            bs_ms,
+            summary.waiting_ms,
+            summary.overhead_ms,
+            summary.air_ms,
+            summary.device_ms,
+        )
         table.add_row(
             *([run.evaluation.dataset] if several else []),
             run.policy,
@@ -184,6 +191,23 @@ def device_table(devices: Sequence[dict[str, Any]], missing: Sequence[int]) -> G
     notes = [f"rtt: round trip, ms; then {origins} ms of one expert call with {rows} rows"]
     notes += [f"{device['name']}: {emulated_words(device)}" for device in devices if device["emulated"]]
     return _with_note(title, table, "\n".join(notes))
+
+
+def diagnosis_list(findings: Sequence[Finding], origin: str) -> Group:
+    """Show what is wrong with a run, trouble by trouble, and what to do about it.
+
+    Args:
+        findings: of `diagnose`, at least one.
+        origin: of the times: modelled, emulated or measured.
+    """
+    lines = [Text(f"Diagnosis (times {origin})", style="italic")]
+    for kind, title in TITLES.items():
+        of_kind = [finding for finding in findings if finding.kind == kind]
+        if of_kind:
+            lines.append(Text(title, style="bold"))
+        lines += [Text(f"  {finding.dataset}, {finding.policy}: {finding.text}") for finding in of_kind]
+        lines += [Text(f"  -> {advice}") for advice in dict.fromkeys(finding.advice for finding in of_kind)]
+    return Group(*lines)
 
 
 def _to_exact(run: PolicyRun) -> str:

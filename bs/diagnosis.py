@@ -1,0 +1,184 @@
+"""What is wrong with a run, from its own records: four known troubles, each with its figures and what to do about it.
+
+    waiting   the base station has nothing to do while devices compute
+    air       rows are longer on the link than everything else takes
+    quality   a policy leaves out what the model needs
+    queue     requests wait at a device behind others for longer than they are computed
+
+Functions of plain values; a run without any of these yields nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from wdmoe.bs.evaluation import Evaluation
+from wdmoe.bs.experiment import PolicyRun
+from wdmoe.bs.records import DeviceSummary, Summary
+
+# From half of the latency on, making the rest of the system infinitely fast gains less than mending this part.
+WAITING_SHARE = 0.5
+AIR_SHARE = 0.5
+# One of 200 comparisons of equal policies goes beyond this by chance; a report makes up to some dozens of them.
+SIGNIFICANT_STDERRS = 2.6
+# The quality bar of `wdmoe-bs quality` for a text.
+PERPLEXITY_RATIO = 1.02
+# Twice the budget that `bottleneck` has by default; wlr left out 20 % on the small model and missed the bar far
+# (docs/measurements.md).
+GATE_SHARE = 0.1
+# A request that waits as long as it is computed finds a whole one before it: the device is never idle, so that more
+# in flight can only wait as well.
+QUEUE_OVER_COMPUTE = 1.0
+QUEUE_SHARE = 0.1  # of the latency; what is less nobody feels
+
+Kind = Literal["waiting", "air", "quality", "queue"]
+TITLES: dict[Kind, str] = {
+    "waiting": "waiting dominates",
+    "air": "air dominates",
+    "quality": "selection damages quality",
+    "queue": "a queue grows",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One trouble of one policy on one data set."""
+
+    kind: Kind
+    dataset: str
+    policy: str
+    device: str | None  # that is to blame most; None: none is
+    figures: dict[str, float]
+    text: str  # what was found, with its figures
+    advice: str  # what to do about it
+
+
+def diagnose(runs: Sequence[PolicyRun], in_flight: int) -> list[Finding]:
+    """Look for the four troubles.
+
+    Args:
+        runs: of one command.
+        in_flight: microbatches at a time.
+    """
+    exact = {run.evaluation.dataset: run.evaluation for run in runs if run.policy == "exact"}
+    found = [
+        finding
+        for run in runs
+        for finding in (
+            _slowness(run, in_flight),
+            _queue(run, in_flight),
+            _damage(run, exact.get(run.evaluation.dataset)),
+        )
+        if finding is not None
+    ]
+    return sorted(found, key=lambda finding: list(TITLES).index(finding.kind))
+
+
+def _slowness(run: PolicyRun, in_flight: int) -> Finding | None:
+    """Find out whether the air dominates, or else waiting, of which the air is a part."""
+    summary = run.summary
+    if not summary.devices or summary.latency_share_ms <= 0:
+        return None
+    # With one microbatch in flight nothing else is at work on a device: what waits there waits for the radio.
+    on_air_ms = summary.air_ms + (summary.queue_ms if in_flight == 1 else 0.0)
+    on_air_ms = min(on_air_ms, summary.latency_share_ms - summary.bs_ms)
+    air_share, waiting_share = (ms / summary.latency_share_ms for ms in (on_air_ms, summary.waiting_ms))
+    if air_share >= AIR_SHARE:
+        worst, worst_ms = _worst(summary, lambda device: device.air_ms)
+        return Finding(
+            "air",
+            *run.pair,
+            worst,
+            {"air_share": air_share, "air_ms": on_air_ms, "device_ms": summary.device_ms},
+            f"{on_air_ms:.0f} of {summary.latency_share_ms:.0f} ms of a question are air, {summary.device_ms:.0f} ms "
+            f"computing; longest with {worst}, {worst_ms:.0f} ms",
+            f"send fewer or smaller rows (--wire int8, --policy bottleneck), or give {worst} a better link",
+        )
+    if waiting_share >= WAITING_SHARE:
+        worst, worst_ms = _worst(summary, lambda device: device.compute_ms)
+        return Finding(
+            "waiting",
+            *run.pair,
+            worst,
+            {"waiting_share": waiting_share, "waiting_ms": summary.waiting_ms, "device_ms": summary.device_ms},
+            f"{summary.waiting_ms:.0f} of {summary.latency_share_ms:.0f} ms of a question the base station only waits; "
+            f"{worst} computes longest, {worst_ms:.0f} ms",
+            f"take load off {worst}: fewer experts there (wdmoe-export place --placement balanced) or "
+            "--policy bottleneck; or fill the waiting with other questions (--in-flight)",
+        )
+    return None
+
+
+def _queue(run: PolicyRun, in_flight: int) -> Finding | None:
+    """Find out whether requests stand before a device; with one microbatch in flight none can."""
+    summary = run.summary
+    if in_flight == 1 or not summary.devices or summary.queue_ms < QUEUE_SHARE * summary.latency_share_ms:
+        return None
+    device = max(summary.devices, key=lambda device: device.queue_ms)
+    if device.queue_ms < QUEUE_OVER_COMPUTE * device.compute_ms:
+        return None
+    return Finding(
+        "queue",
+        *run.pair,
+        device.name,
+        {
+            "queue_ms": device.queue_ms,
+            "compute_ms": device.compute_ms,
+            "queue_first_ms": device.queue_first_ms,
+            "queue_last_ms": device.queue_last_ms,
+        },
+        f"a request to {device.name} waits {device.queue_ms:.1f} ms behind others and is computed in "
+        f"{device.compute_ms:.1f}; first quarter of the run {device.queue_first_ms:.1f} ms, last "
+        f"{device.queue_last_ms:.1f}",
+        f"lower --in-flight (now {in_flight}) or --batch, which here cost latency and gain nothing; or take load off "
+        f"{device.name}",
+    )
+
+
+def _damage(run: PolicyRun, exact: Evaluation | None) -> Finding | None:
+    """Find out whether a policy answers worse than exact, or leaves out so much that it should."""
+    if run.policy == "exact":
+        return None
+    figures: dict[str, float] = {}
+    said: list[str] = []
+    points, ratio = run.to_exact, run.perplexity_ratio
+    if points is not None and points.mean_points + SIGNIFICANT_STDERRS * points.stderr_points < 0:
+        figures |= {"points": points.mean_points, "stderr_points": points.stderr_points}
+        said.append(f"acc {points.mean_points:+.1f} ±{points.stderr_points:.1f} points against exact")
+    if ratio is not None and exact is not None and ratio > PERPLEXITY_RATIO and _less_likely(run.evaluation, exact):
+        figures["perplexity_over_exact"] = ratio
+        said.append(f"perplexity x {ratio:.3f} against exact")
+    if run.summary.gate_mass_dropped >= GATE_SHARE or said:
+        figures["gate_mass_dropped"] = run.summary.gate_mass_dropped
+        said.append(f"{100 * run.summary.gate_mass_dropped:.0f} % of the gate weight left out")
+    if not said:
+        return None
+    return Finding(
+        "quality",
+        *run.pair,
+        None,
+        figures,
+        ", ".join(said),
+        "give the policy a budget, such as budget=0.05, or a smaller one, and hold it against the bar with "
+        "wdmoe-bs quality",
+    )
+
+
+def _less_likely(ours: Evaluation, exact: Evaluation) -> bool:
+    """Whether the rows' own words are less likely than under exact by more than chance; one row tells nothing."""
+    pairs = zip(ours.log_likelihoods, exact.log_likelihoods, strict=True)
+    lost = [math.fsum(mine) - math.fsum(theirs) for mine, theirs in pairs]
+    if len(lost) < 2:
+        return False
+    mean = math.fsum(lost) / len(lost)
+    stderr = math.sqrt(math.fsum((value - mean) ** 2 for value in lost) / (len(lost) - 1) / len(lost))
+    return mean + SIGNIFICANT_STDERRS * stderr < 0
+
+
+def _worst(summary: Summary, part_ms: Callable[[DeviceSummary], float]) -> tuple[str, float]:
+    """Return the device with the largest part of a request's time, summed over its requests of a question."""
+    device = max(summary.devices, key=lambda device: part_ms(device) * device.requests)
+    return device.name, part_ms(device) * device.requests / summary.questions
