@@ -25,6 +25,8 @@ class BlockRecord:
     bytes_down: int = 0
     bytes_up: int = 0
     skipped: int = 0  # pairs that were sent to a device that was lost, and left out
+    bs_rows: int = 0  # pairs that the base station ran itself, without a link
+    bs_experts_ms: float = 0.0  # what it took for them
 
 
 @dataclass(slots=True)
@@ -66,11 +68,19 @@ class Summary:
     wire_error: float | None  # what int8 rows lost on their way down, root mean square, relative
     theta_mean: float | None  # of the final thetas, over blocks and microbatches
     theta_stops: dict[str, int]  # why it stopped, how often
+    bs_rows: int = 0  # of the pairs that were not dropped, those that the base station ran itself
+    bs_experts_ms: float = 0.0  # mean per question, what it took for them
 
     @property
     def dropped_share(self) -> float:
         """Dropped pairs over droppable pairs."""
         return self.dropped / self.droppable if self.droppable else 0.0
+
+    @property
+    def bs_share(self) -> float:
+        """Of the pairs that were not dropped, the share that the base station ran itself."""
+        asked = self.pairs - self.dropped
+        return self.bs_rows / asked if asked else 0.0
 
 
 def summarise(records: Sequence[Record]) -> Summary:
@@ -110,4 +120,6 @@ def summarise(records: Sequence[Record]) -> Summary:
         wire_error=float(np.sqrt(np.mean(np.square(errors)))) if errors else None,
         theta_mean=float(np.mean(thetas)) if thetas else None,
         theta_stops=stops,
+        bs_rows=sum(block.bs_rows for block in blocks),
+        bs_experts_ms=sum(block.bs_experts_ms for block in blocks) / questions,
     )
