@@ -52,15 +52,15 @@ def run(*options: str) -> subprocess.CompletedProcess[str]:
 def test_each_direction_is_limited_at_its_sender_by_frames_of_payload() -> None:
     lines = [" ".join(line) for line in build_commands([LimitedLink(0, 20.0, 5.0), LimitedLink(1, 1.0, 2.0)])]
     classes = [line.split() for line in lines if "class add" in line]
-    limits = [(line[2], line[5], int(line[line.index("rate") + 1].removesuffix("bit"))) for line in classes]
+    limits = [(line[2], line[6], int(line[line.index("rate") + 1].removesuffix("bit"))) for line in classes]
     assert [(where, name) for where, name, _ in limits] == [
         (STATION, "link0"),
         (f"{PREFIX}device-0", "uplink"),
         (STATION, "link1"),
         (f"{PREFIX}device-1", "uplink"),
     ]
-    payload = [round(rate * 1448 / 1514 / 1e6, 6) for _, _, rate in limits]
-    assert payload == [20.0, 5.0, 1.0, 2.0]
+    payload = [rate * 1448 / 1514e6 for _, _, rate in limits]
+    assert payload == pytest.approx([20.0, 5.0, 1.0, 2.0], rel=1e-6)
     assert sum("gso_max_segs 1" in line for line in lines) == 4  # else a whole message passes as one packet
 
 
