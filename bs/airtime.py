@@ -217,6 +217,8 @@ def pooled_root(air_ms: Sequence[float], fixed_ms: Sequence[float]) -> float:
             share = air / left_ms
             excess += share
             slope += share / left_ms
+        if excess <= 0:  # one that needs no air is done last: the others have time to spare
+            break
         step_ms = excess / slope
         t_ms += step_ms
         if step_ms <= 1e-13 * t_ms:

@@ -64,6 +64,19 @@ def model_options(function: AnyFunction) -> AnyFunction:
             help="Experts the base station may load itself when a device is lost; N at a time.",
         ),
         click.option(
+            "--bs-experts",
+            default=DEFAULTS.bs_experts,
+            metavar="N|auto|none",
+            help="Experts the base station keeps in memory and runs itself wherever that makes a block shorter, the most "
+            "used first; N in all, auto: what fits into half of the free memory.",
+        ),
+        click.option(
+            "--bs-counts",
+            type=click.Path(path_type=Path, dir_okay=False, exists=True),
+            help="How often each expert is used: a trace of wdmoe-bs trace, or counts of wdmoe-export calibrate.  "
+            "[default: the bundle's]",
+        ),
+        click.option(
             "--trace",
             type=click.Path(path_type=Path, dir_okay=False),
             help="Write a timeline there, for https://ui.perfetto.dev: stages, sends, waits, air and devices.",

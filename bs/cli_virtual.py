@@ -11,6 +11,7 @@ import click
 
 from wdmoe.bs.cli_common import say
 from wdmoe.bs.config import StationConfig, VirtualConfig
+from wdmoe.profiles.base_station import station_names
 from wdmoe.profiles.link_profile import RADIO_EXAMPLE, link_names
 from wdmoe.profiles.modelled import PRECISIONS, ExpertShape, hardware_names
 
@@ -18,7 +19,17 @@ if TYPE_CHECKING:
     from wdmoe.bs.station import Station
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
-VIRTUAL_OPTIONS = ("devices", "links", "channel", "bandwidth", "cost_shape", "cost_precision", "stage_ms", "seed")
+VIRTUAL_OPTIONS = (
+    "devices",
+    "links",
+    "channel",
+    "bandwidth",
+    "cost_shape",
+    "cost_precision",
+    "stage_ms",
+    "seed",
+    "bs_machine",
+)
 
 
 def read_list(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
@@ -95,7 +106,12 @@ def virtual_options(function: AnyFunction) -> AnyFunction:
         default="real",
         help="virtual: run the bundle's devices in this process, and let them and their links take the time of models.",
     )
-    return clock(device_options(function))
+    machine = click.option(
+        "--bs-machine",
+        metavar="NAME",
+        help=f"Modelled base station that --bs-experts run on: {', '.join(station_names())}.  [default: laptop-8-core]",
+    )
+    return clock(device_options(machine(function)))
 
 
 def read_virtual(clock: str, options: dict[str, Any]) -> VirtualConfig | None:

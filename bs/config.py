@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from wdmoe.profiles.base_station import modelled_station
 from wdmoe.profiles.link_profile import LinkProfile, modelled_link
 from wdmoe.profiles.modelled import ExpertShape, memory_bytes
 from wdmoe.runtime.keys import default_keys_dir
@@ -29,6 +30,8 @@ class StationConfig:
     batch: int = 1  # questions in a microbatch; more raises throughput, and the latency of each question
     wait_s: float = 60.0
     bs_holds: str = "none"  # experts the base station may hold for when a device is lost: a number, all, none
+    bs_experts: str = "none"  # experts that the base station runs itself, in all: a number, auto, none
+    bs_counts: Path | None = None  # how often each is used; None: as the manifest says
     trace: Path | None = None  # where to write a timeline
     health: str | None = None  # HOST:PORT to serve /health on
     when_lost: Literal["fail", "skip"] = "fail"  # under policies other than exact
@@ -46,6 +49,10 @@ class StationConfig:
             raise ValueError(f"--wait is {self.wait_s}, expected more than 0 seconds")
         if self.bs_holds not in ("all", "none") and not (self.bs_holds.isdecimal() and int(self.bs_holds) > 0):
             raise ValueError(f"--bs-holds is {self.bs_holds!r}, expected a number of experts, all, or none")
+        if self.bs_experts not in ("auto", "none") and not (self.bs_experts.isdecimal() and int(self.bs_experts) > 0):
+            raise ValueError(f"--bs-experts is {self.bs_experts!r}, expected a number of experts, auto, or none")
+        if self.bs_counts is not None and self.bs_experts == "none":
+            raise ValueError("--bs-counts says which experts --bs-experts takes; give that as well")
 
     @property
     def encrypted(self) -> bool:
@@ -66,6 +73,7 @@ class VirtualConfig:
     stage_ms: float = 1.0  # a stage of the base station, its share of combining, routing and deciding included
     seed: int = 0  # of the links' jitter
     engine: str = "onnxruntime"  # that really runs the experts, in this process
+    bs_machine: str = "laptop-8-core"  # of `station_names()`: what the base station's own experts are charged as
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -73,6 +81,7 @@ class VirtualConfig:
             memory_bytes(device)  # raises if there is no such device; so does the next for links
         for link in self.links:
             modelled_link(link)
+        modelled_station(self.bs_machine)
         if len(self.links) not in (1, len(self.devices)):
             raise ValueError(f"{len(self.links)} links for {len(self.devices)} devices; give one for all, or one each")
         if self.channel == "shared" and self.bandwidth is not None:

@@ -16,21 +16,22 @@ import numpy as np
 
 from wdmoe.bs.airtime import Medium, latency_model
 from wdmoe.bs.dispatch import Shipment, combine, relative_error, split_by_device
-from wdmoe.bs.fleet import NOBODY
+from wdmoe.bs.fleet import BS_HOLDS, NOBODY
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
 from wdmoe.bs.importance import norms_of_text
 from wdmoe.bs.latency import DeviceLatency, row_ms
 from wdmoe.bs.microbatch import Microbatch, Result
+from wdmoe.bs.offload import take_over
 from wdmoe.bs.policies import Context, Exact, Policy, select
 from wdmoe.bs.records import BlockRecord, Record
 from wdmoe.bs.requests import Requests, Want, lost_share
-from wdmoe.bs.routing import Floats, Ints, Plan, Routing, pairs_used, route
+from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing, pairs_used, route
 from wdmoe.bs.stages import Stages, rope_angles
 from wdmoe.bs.tracing import LOOP, STAGES, WAITS, Trace
 from wdmoe.runtime.errors import DeviceFailed, DevicesMissing
 from wdmoe.runtime.manifest import BsManifest
-from wdmoe.runtime.messages import Rows, Wire
+from wdmoe.runtime.messages import ExpertRequest, Rows, Wire
 from wdmoe.runtime.worker import Worker
 
 _STAND_IN = DeviceLatency(((1, 1.0),), 0.0)  # of experts that no device runs now: they are not measured
@@ -77,6 +78,9 @@ class Held:
 
     sums: Rows
     take: Callable[[Rows], None]
+    request: ExpertRequest
+    record: BlockRecord  # of the block that it is for
+    predicted_ms: float | None  # None: something had to be loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,12 @@ class Workers:
 
     names: tuple[str, ...]
     owner: Ints  # [n_experts], index into names
+    kept: Bools | None = None  # [n_experts], what the base station keeps as well; None: nothing of the block
+
+    @property
+    def station(self) -> int:
+        """Number of the base station, where it keeps anything."""
+        return self.names.index(BS_HOLDS)
 
 
 _NO_WORKERS = Workers((), np.empty(0, np.int64))
@@ -124,7 +134,7 @@ class Pipeline:
             manifest: of the base station.
             make_worker: makes the worker, given what to call when a job has ended.
             wire: precision of the rows on the wire.
-            held: experts that the base station keeps for when a device is lost.
+            held: experts at the base station: those it keeps, and those for when a device is lost.
             skip_lost: whether a policy other than exact may leave out what is lost.
             trace: collects a timeline.
             medium: what the devices' links are, for the latency model.
@@ -135,6 +145,7 @@ class Pipeline:
         self._stages = stages
         self._model = manifest.model
         self._norms = norms_of_text(manifest)
+        self._held = held
         self._wire: Wire = wire
         self._skip_lost = skip_lost
         self._medium: Medium = medium
@@ -214,7 +225,7 @@ class Pipeline:
             assert done.result is not None
             flight, outcome = done.result
             if isinstance(outcome, Held):
-                outcome.take(outcome.sums)
+                self._on_held(outcome, done.took_s * 1e3)
             elif flight is not None and flight in self._flights:
                 self._on_computed(flight, outcome, done.took_s * 1e3, policy)
 
@@ -270,6 +281,15 @@ class Pipeline:
                 flight.stage_done_s = now_s
                 self._continue_if_complete(flight, policy)
 
+    def _on_held(self, held: Held, took_ms: float) -> None:
+        held.record.bs_experts_ms += took_ms
+        for flight in self._flights:
+            if flight.record.blocks and flight.record.blocks[-1] is held.record:
+                flight.stage_done_s = self._hub.clock.now_s()
+        if held.predicted_ms is not None and self._held is not None and self._held.latency is not None:
+            self._held.latency.observe_request(held.request.counts, took_ms)
+        held.take(held.sums)
+
     def _ask(self, flight: Flight, dispatched: Dispatched, policy: Policy) -> None:
         def on_done(_: Want) -> None:
             flight.waiting -= 1
@@ -307,7 +327,8 @@ class Pipeline:
         block, residual = flight.block, flight.residual
         last = block == self._model.n_blocks  # with the head: another thing than the steps before it
         workers = _NO_WORKERS if last else self._workers(block, self._may_skip(policy))
-        latencies = () if last or isinstance(policy, Exact) else self._latencies(workers)
+        timeless = last or (isinstance(policy, Exact) and workers.kept is None)
+        latencies = () if timeless else self._latencies(workers, flight.shared_ms)
         short = not last and self._is_short(flight.step_ms)
         self._worker.submit(
             lambda: (flight, self._step(flight, block, residual, combined, workers, latencies, policy)), short
@@ -328,8 +349,19 @@ class Pipeline:
         if self._trace is not None:
             self._trace.add(STAGES, f"{what} of {flight.microbatch.name}", started_s, self._hub.clock.now_s())
 
-    def _run_held(self, job: Callable[[], Rows], take: Callable[[Rows], None]) -> None:
-        self._worker.submit(lambda: (None, Held(job(), take)))
+    def _run_held(self, request: ExpertRequest, rows: Rows, record: BlockRecord, take: Callable[[Rows], None]) -> None:
+        held = self._held
+        assert held is not None
+        predicted_ms = held.predicted_ms(request)
+
+        def job() -> Outcome:
+            started_s = self._hub.clock.now_s()
+            sums = held.answer(request, rows)
+            if self._trace is not None:
+                self._trace.add(STAGES, f"own experts of block {request.block}", started_s, self._hub.clock.now_s())
+            return None, Held(sums, take, request, record, predicted_ms)
+
+        self._worker.submit(job, predicted_ms is not None and self._is_short(predicted_ms))
 
     def _may_skip(self, policy: Policy) -> bool:
         return self._skip_lost and not isinstance(policy, Exact)
@@ -347,15 +379,36 @@ class Pipeline:
             if holder is None and not may_skip:
                 raise self._nobody(block, expert)
             holders.append(holder or NOBODY)
-        names = tuple(sorted(set(holders)))
-        workers = Workers(names, np.array([names.index(holder) for holder in holders]))
+        kept = self._held.kept_in(block) if self._held is not None else np.zeros(0, np.bool_)
+        names = tuple(sorted({*holders, BS_HOLDS} if kept.any() else set(holders)))
+        owner = np.array([names.index(holder) for holder in holders])
+        workers = Workers(names, owner, kept if kept.any() else None)
         self._known_workers[block, may_skip] = workers
         return workers
 
-    def _latencies(self, workers: Workers) -> tuple[DeviceLatency, ...]:
+    def _latencies(self, workers: Workers, shared_ms: float) -> tuple[DeviceLatency, ...]:
         """Return how fast each of the workers is."""
         devices = self._hub.devices
-        return tuple(devices[name].latency.model() if name in devices else _STAND_IN for name in workers.names)
+        return tuple(
+            devices[name].latency.model()
+            if name in devices
+            else self._own_latency(shared_ms)
+            if name == BS_HOLDS
+            else _STAND_IN
+            for name in workers.names
+        )
+
+    def _own_latency(self, shared_ms: float) -> DeviceLatency:
+        """Return how fast the base station is: a device without a link, whose worker does other things as well.
+
+        It runs the shared expert of the block too. And what it does for one microbatch holds up the stages of the others
+        in flight: with n of them, its time is taken to be worth n times that of a device.
+        """
+        if self._held is None or self._held.latency is None:
+            return _STAND_IN
+        model = self._held.latency.model()
+        other_ms = shared_ms if self._model.shared_expert and np.isfinite(shared_ms) else 0.0
+        return DeviceLatency(model.curve, other_ms, model.correction * max(1, len(self._flights)))
 
     def _nobody(self, block: int, expert: int) -> DeviceFailed | DevicesMissing:
         for device in self.requests.holders(block, expert):
@@ -387,7 +440,7 @@ class Pipeline:
         if self.on_router is not None:
             self.on_router(block, attended.router_logits)
         routing = route(attended.router_logits, self._model.top_k, self._model.norm_top_k)
-        owner = workers.owner
+        owner = self._owner(workers, routing, latencies)
         plan = self._select(block, routing, attended.router_logits, owner, latencies, policy)
         shipments = split_by_device(block, routing, plan, owner, workers.names, attended.hidden, self._wire)
         sent = pairs = sum(len(shipment.rows) for shipment in shipments)
@@ -408,6 +461,14 @@ class Pipeline:
             flight.record.wire_error = relative_error(attended.hidden, self._wire)  # of one block; the next of another
         self._note(flight, f"stage {block}", started_s)
         return Dispatched(attended.residual, attended.hidden, shipments, plan.weights.sum(axis=1), record)
+
+    def _owner(self, workers: Workers, routing: Routing, latencies: tuple[DeviceLatency, ...]) -> Ints:
+        """Say who runs each expert for these rows: the base station takes over what makes the block shorter."""
+        if workers.kept is None:
+            return workers.owner
+        counts = np.bincount(routing.experts.ravel(), minlength=self._model.n_experts)
+        model = latency_model(latencies, len(routing.experts), medium=self._medium)
+        return take_over(workers.owner, counts, len(routing.experts), workers.kept, workers.station, model)
 
     def _select(
         self,

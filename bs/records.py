@@ -26,6 +26,8 @@ class BlockRecord:
     bytes_down: int = 0
     bytes_up: int = 0
     skipped: int = 0  # pairs that were sent to a device that was lost, and left out
+    bs_rows: int = 0  # pairs that the base station ran itself, without a link
+    bs_experts_ms: float = 0.0  # what it took for them
 
 
 @dataclass(slots=True)
@@ -104,6 +106,8 @@ class Summary:
     theta_mean: float | None  # of the final thetas, over blocks and microbatches
     theta_stops: dict[str, int]  # why it stopped, how often
     devices: tuple[DeviceSummary, ...]  # by name
+    bs_rows: int = 0  # of the pairs that were not dropped, those that the base station ran itself
+    bs_experts_ms: float = 0.0  # mean per question, what it took for them
 
     @property
     def dropped_share(self) -> float:
@@ -113,7 +117,13 @@ class Summary:
     @property
     def overhead_ms(self) -> float:
         """What is left of a question's share when the base station and waiting for devices are taken off."""
-        return self.latency_share_ms - self.bs_ms - self.shared_ms - self.waiting_ms
+        return self.latency_share_ms - self.bs_ms - self.shared_ms - self.bs_experts_ms - self.waiting_ms
+
+    @property
+    def bs_share(self) -> float:
+        """Of the pairs that were not dropped, the share that the base station ran itself."""
+        asked = self.pairs - self.dropped
+        return self.bs_rows / asked if asked else 0.0
 
 
 def summarise(records: Sequence[Record]) -> Summary:
@@ -174,4 +184,6 @@ def _summarise_device(name: str, records: Sequence[Record]) -> DeviceSummary:
         sum(use.queue_ms for use in everything) / requests,
         sum(use.air_ms for use in everything) / requests,
         *(sum(use.queue_ms for use in part) / max(1, sum(use.requests for use in part)) for part in (first, last)),
+        bs_rows=sum(block.bs_rows for block in blocks),
+        bs_experts_ms=sum(block.bs_experts_ms for block in blocks) / questions,
     )

@@ -86,7 +86,7 @@ class Answer:
     took_ms: float  # without what it waited behind other requests, which says nothing about the device
 
 
-RunHeld = Callable[[Callable[[], Rows], Callable[[Rows], None]], None]
+RunHeld = Callable[[ExpertRequest, Rows, BlockRecord, Callable[[Rows], None]], None]
 
 
 class Requests:
@@ -97,8 +97,8 @@ class Requests:
 
         Args:
             hub: the devices.
-            held: experts at the base station, if it keeps any.
-            run_held: runs a job where it may take long, then calls back with its result.
+            held: experts at the base station, if it has any.
+            run_held: lets it do a request where that may take long, then calls back with the result.
             trace: collects a timeline.
         """
         self._trace = trace
@@ -134,7 +134,7 @@ class Requests:
     def preferred(self, block: int, expert: int) -> str | None:
         """Return who is to run an expert now: a usable device, else the base station, else nobody."""
         device = self.fleet.preferred(self.holders(block, expert))
-        return device or (BS_HOLDS if self._held is not None else None)
+        return device or (BS_HOLDS if self._covers(block, expert) else None)
 
     def unserved(self, model: ModelSpec) -> bool:
         """Whether some expert has nobody who may run it now."""
@@ -355,7 +355,7 @@ class Requests:
         found: dict[int, str | None] = {}
         for expert in shipment.request.experts:
             device = self.fleet.preferred(name for name in self.holders(block, expert) if name != avoid)
-            found[expert] = device or (BS_HOLDS if self._held is not None and avoid != BS_HOLDS else None)
+            found[expert] = device or (BS_HOLDS if avoid != BS_HOLDS and self._covers(block, expert) else None)
         return found
 
     def _probe(self, device: str) -> None:
@@ -392,12 +392,16 @@ class Requests:
                 self._send(want, attempt, part)
 
     def _ask_held(self, want: Want, attempt: Attempt, part: Shipment) -> None:
-        assert self._held is not None
-        held, rows = self._held, unpack_rows(part.packed)
+        want.record.bs_rows += len(part.rows)
         self._run_held(
-            lambda: held.answer(part.request, rows),
+            part.request,
+            unpack_rows(part.packed),
+            want.record,
             lambda sums: self._on_part(want, attempt, BS_HOLDS, (part.rows, sums)),
         )
+
+    def _covers(self, block: int, expert: int) -> bool:
+        return self._held is not None and self._held.covers(block, expert)
 
     def _send(self, want: Want, attempt: Attempt, part: Shipment) -> None:
         number = self._new_id()

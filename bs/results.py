@@ -67,6 +67,23 @@ def describe_station(station: Station, command: str) -> dict[str, Any]:
         "batch": config.batch,
         "threads": config.threads,
         "devices": devices,
+        "bs_experts": describe_kept(station),
+    }
+
+
+def describe_kept(station: Station) -> dict[str, Any] | None:
+    """Say what the base station runs itself, as plain values; None: nothing."""
+    if station.kept is None:
+        return None
+    choice, profile = station.kept.choice, station.kept.profile
+    return {
+        "experts": len(choice.experts),
+        "chosen_by": choice.chosen_by,
+        "memory_bytes": choice.size_bytes,
+        "hardware": profile.device,
+        "engine": profile.engine,
+        "origin": profile.origin,
+        "call_ms": {str(tokens): ms for tokens, ms in profile.curve()},
     }
 
 
@@ -133,6 +150,8 @@ def link_words(result: dict[str, Any]) -> str:
     link = result["link"]
     words = f"{link['kind']} ({link['wire']})"
     emulated = Counter(emulated_words(device) for device in result["devices"] if device["emulated"])
+    own = result["bs_experts"]
+    words += "" if own is None else f", {own['experts']} experts at the base station"
     return ", ".join([words, *(f"{count} {what}" for what, count in emulated.items())])
 
 
@@ -254,6 +273,7 @@ def circumstances(result: dict[str, Any]) -> dict[str, Any]:
         "in flight": result["in_flight"],
         "batch": result["batch"],
         "threads": result["threads"],
+        "experts at the base station": _own_words(result["bs_experts"]),
         "devices": [
             " ".join(
                 (
@@ -268,6 +288,10 @@ def circumstances(result: dict[str, Any]) -> dict[str, Any]:
             for device in result["devices"]
         ],
     }
+
+
+def _own_words(own: dict[str, Any] | None) -> str:
+    return "none" if own is None else f"{own['experts']} by {own['chosen_by']}, {own['engine']} on {own['hardware']}"
 
 
 def _describe_policy(run: PolicyRun) -> dict[str, Any]:
@@ -286,6 +310,7 @@ def _describe_policy(run: PolicyRun) -> dict[str, Any]:
         "clock_s": run.clock_s,
         "tokens_per_s": run.summary.tokens / run.clock_s,
         "dropped_share": run.summary.dropped_share,
+        "bs_share": run.summary.bs_share,
         **asdict(run.summary),
     }
 

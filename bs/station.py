@@ -11,6 +11,7 @@ from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.health import serve_health, snapshot
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
+from wdmoe.bs.kept import Kept, keep_measured
 from wdmoe.bs.pipeline import Outcome, Pipeline
 from wdmoe.bs.roster import BS_KEY_NAME, ROSTER_NAME, FileRoster
 from wdmoe.bs.stages import Stages
@@ -36,6 +37,7 @@ class Station:
     hub: Hub
     pipeline: Pipeline
     virtual: VirtualConfig | None = None  # whose devices and links these are; None: they are real, and so is time
+    kept: Kept | None = None  # experts that the base station runs itself
 
 
 @contextmanager
@@ -65,6 +67,10 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
     with open_hub(config, say) as (folder, manifest, hub):
         verify_files(folder, manifest)
         stages = Stages(folder, manifest, config.threads)
+        kept = None
+        if config.bs_experts != "none":
+            kept = keep_measured(config.bs_experts, folder, manifest, config.threads, config.bs_counts)
+            say(introduced_kept(kept))
         waiting = ", ".join(f"device-{k}" for k in hub.missing_devices())
         say(f"waiting up to {config.wait_s:g} s for {waiting}")
         hub.wait_for_devices(config.wait_s)
@@ -75,7 +81,7 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
 
         skip_lost = config.when_lost == "skip"
         trace = Trace() if config.trace is not None else None
-        held = held_experts(config, folder, manifest)
+        held = held_experts(config, folder, manifest, kept)
         pipeline = Pipeline(hub, stages, manifest, make_worker, config.wire, held, skip_lost, trace)
         with ExitStack() as stack:
             if trace is not None and config.trace is not None:
@@ -84,7 +90,7 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
             if config.health is not None:
                 url = stack.enter_context(serve_health(config.health, lambda: snapshot(hub, pipeline, manifest)))
                 say(f"health at {url}")
-            yield Station(config, folder, manifest, hub, pipeline)
+            yield Station(config, folder, manifest, hub, pipeline, kept=kept)
 
 
 def introduced(hub: Hub) -> str:
@@ -93,13 +99,27 @@ def introduced(hub: Hub) -> str:
     return ", ".join(name if what is None else f"{name} ({what})" for name, what in emulated.items())
 
 
-def held_experts(config: StationConfig, folder: Path, manifest: BsManifest) -> HeldExperts | None:
-    """Return what the base station may run itself when a device is lost, if anything."""
-    if config.bs_holds == "none":
+def introduced_kept(kept: Kept | None) -> str:
+    """Say what the base station runs itself."""
+    if kept is None:
+        return "the base station runs no expert itself: none fits into its memory"
+    choice, profile = kept.choice, kept.profile
+    return (
+        f"the base station runs {len(choice.experts)} experts itself ({choice.size_bytes / 1e6:,.0f} MB), most used by "
+        f"{choice.chosen_by}; {profile.origin} on {profile.engine if profile.origin == 'measured' else profile.device}: "
+        f"{profile.call_ms(1):.2f} ms for one row"
+    )
+
+
+def held_experts(
+    config: StationConfig, folder: Path, manifest: BsManifest, kept: Kept | None = None
+) -> HeldExperts | None:
+    """Return what the base station may run itself, always or when a device is lost, if anything."""
+    if config.bs_holds == "none" and kept is None:
         return None
-    model = manifest.model
-    every = model.n_blocks * model.n_experts
-    return HeldExperts(folder, manifest, every if config.bs_holds == "all" else int(config.bs_holds))
+    every = manifest.model.n_blocks * manifest.model.n_experts
+    limit = {"none": 0, "all": every}.get(config.bs_holds)
+    return HeldExperts(folder, manifest, int(config.bs_holds) if limit is None else limit, kept)
 
 
 def bs_folder(bundle: Path) -> Path:

@@ -94,7 +94,7 @@ def time_table(runs: Sequence[PolicyRun], virtual: bool = False) -> Group:
         table.add_column(heading, justify="right", no_wrap=True)
     for run in runs:
         summary = run.summary
-        bs_ms = summary.bs_ms + summary.shared_ms
+        bs_ms = summary.bs_ms + summary.shared_ms + summary.bs_experts_ms
         split_ms = (
             summary.latency_share_ms,
             bs_ms,
@@ -112,10 +112,17 @@ def time_table(runs: Sequence[PolicyRun], virtual: bool = False) -> Group:
         )
     errors = [run.summary.wire_error for run in runs if run.summary.wire_error is not None]
     lost = f"; int8 on the wire rounds rows by {100 * max(errors):.2f} %" if errors else ""
+    if any(run.summary.bs_rows for run in runs):
+        own = (
+            f"{run.policy} {100 * s.bs_share:.1f} % ({s.bs_rows:,}), {s.bs_experts_ms:.0f} ms"
+            for run in runs
+            if (s := run.summary)
+        )
+        lost += f"; rows that the base station ran itself, no link: {'; '.join(own)} a question"
     return _with_note(
         title,
         table,
-        "latency = BS (stages, shared experts) + waiting (only devices and air are at work) + overhead (hand-over, queues of "
+        "latency = BS (stages, shared experts, its own experts) + waiting (only devices and air are at work) + overhead (hand-over, queues of "
         "the base station); air, device: of the slowest request of each block, partly hidden behind shared experts"
         + lost,
     )

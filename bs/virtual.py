@@ -18,10 +18,11 @@ from wdmoe.bs.airtime import pooled_root
 from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.dispatch import Shipment
 from wdmoe.bs.hub import Hub
+from wdmoe.bs.kept import keep_modelled
 from wdmoe.bs.microbatch import Result
-from wdmoe.bs.pipeline import Dispatched, Outcome, Pipeline
+from wdmoe.bs.pipeline import Dispatched, Held, Outcome, Pipeline
 from wdmoe.bs.stages import Stages
-from wdmoe.bs.station import Station, bs_folder, held_experts, introduced
+from wdmoe.bs.station import Station, bs_folder, held_experts, introduced, introduced_kept
 from wdmoe.profiles.device_profile import DeviceProfile
 from wdmoe.profiles.link_profile import LinkProfile
 from wdmoe.profiles.modelled import ExpertShape, hardware_names
@@ -169,14 +170,28 @@ def open_virtual_station(config: StationConfig, virtual: VirtualConfig, say: Say
     say(f"in virtual time, a stage takes {virtual.stage_ms:g} ms; {introduced(hub)}")
 
     def cost_s(outcome: Outcome | None) -> float:
-        # The shared expert, and what the base station holds, are a part of what is declared.
+        # The shared expert, and what the base station holds for a loss, are a part of what is declared.
+        if outcome is not None and isinstance(outcome[1], Held):
+            return (outcome[1].predicted_ms or 0.0) / 1e3
         return virtual.stage_ms / 1e3 if outcome is not None and isinstance(outcome[1], Dispatched | Result) else 0.0
 
     def make_worker(wake: Callable[[], None]) -> Worker[Outcome]:
         return VirtualWorker(clock, cost_s, link.wake_at)
 
     stages = Stages(folder, manifest, config.threads)
-    held = held_experts(config, folder, manifest)
+    kept = None
+    if config.bs_experts != "none":
+        kept = keep_modelled(
+            config.bs_experts,
+            folder,
+            manifest,
+            config.threads,
+            config.bs_counts,
+            virtual.bs_machine,
+            virtual.cost_shape,
+        )
+        say(introduced_kept(kept))
+    held = held_experts(config, folder, manifest, kept)
     transmitter = Transmitter(
         {device.name: device for device in devices},
         {device.name: profile for device, profile in zip(devices, virtual.profiles, strict=True)},
@@ -196,7 +211,7 @@ def open_virtual_station(config: StationConfig, virtual: VirtualConfig, say: Say
         on_dispatch=transmitter.dispatch,
     )
     try:
-        yield Station(config, folder, manifest, hub, pipeline, virtual)
+        yield Station(config, folder, manifest, hub, pipeline, virtual, kept)
     finally:
         pipeline.close()
         hub.close("the base station is done")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,12 @@ import numpy as np
 from wdmoe.device.benching import software_of
 from wdmoe.device.machine import hardware_name
 from wdmoe.device.verdicts import Verdicts
-from wdmoe.profiles.device_profile import VERSION, DeviceProfile, Point
+from wdmoe.profiles.device_profile import VERSION, DeviceProfile
 from wdmoe.runtime.engines import ENGINES, ExpertEngine, engine_identity, load_engine, prepare_engine
+from wdmoe.runtime.engines.timing import quick_points
 from wdmoe.runtime.errors import BundleError, EngineError
 from wdmoe.runtime.manifest import DeviceManifest
 from wdmoe.runtime.tensor_file import map_tensors
-
-_QUICK_TOKENS = (1, 4, 16, 64, 256)
-_QUICK_CALLS = 15
-_QUICK_BUDGET_S = 0.5  # for each token count: a slow device takes fewer calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,24 +106,7 @@ def choose_engine(
 def quick_profile(engine: ExpertEngine, manifest: DeviceManifest) -> DeviceProfile:
     """Measure one expert of the slice at a few token counts; takes about a second on a small model."""
     model = manifest.model
-    rng = np.random.default_rng(0)
-    points: list[Point] = []
-    for tokens in _QUICK_TOKENS:
-        rows = rng.standard_normal((tokens, model.d_model), dtype=np.float32)
-        times_ms: list[float] = []
-        started = time.perf_counter()
-        for call in range(_QUICK_CALLS + 2):
-            # Another expert each time, as in service: one expert over and over would sit in the cache.
-            entry = manifest.experts[call % len(manifest.experts)]
-            before = time.perf_counter()
-            engine.run(entry.block, entry.expert, rows)
-            after = time.perf_counter()
-            if call >= 2:  # the first calls allocate
-                times_ms.append((after - before) * 1e3)
-            if times_ms and after - started > _QUICK_BUDGET_S:
-                break
-        p50, p95 = np.percentile(times_ms, (50, 95))
-        points.append(Point(tokens, float(p50), float(p95)))
+    experts = [(entry.block, entry.expert) for entry in manifest.experts]
     return DeviceProfile(
         VERSION,
         device=hardware_name(),
@@ -136,7 +115,7 @@ def quick_profile(engine: ExpertEngine, manifest: DeviceManifest) -> DeviceProfi
         precision=manifest.precision,
         d_model=model.d_model,
         d_ff=model.d_ff,
-        points=tuple(points),
+        points=quick_points(engine, experts, model.d_model),
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
+from wdmoe.bs.kept import keep_measured
 from wdmoe.bs.microbatch import pack_sequence
 from wdmoe.bs.pipeline import Pipeline
 from wdmoe.bs.policies import Exact, Policy
@@ -69,6 +70,7 @@ def open_system(
     skip_lost: bool = False,
     trace: Trace | None = None,
     clock: VirtualClock | None = None,
+    keeps: str | None = None,
 ) -> Iterator[System]:
     """Connect every device folder of a bundle to a base station; time is virtual.
 
@@ -81,6 +83,7 @@ def open_system(
         skip_lost: whether what is lost may be left out.
         trace: collects a timeline.
         clock: None makes one that only waiting moves.
+        keeps: experts that the base station runs itself, as for --bs-experts.
     """
     clock = clock or VirtualClock()
     manifest = read_manifest(bundle / "bs", BsManifest)
@@ -96,7 +99,8 @@ def open_system(
             link.deliver(name.encode(), encode(message))
     hub.turn(0.0)
     hub.turn(0.0)
-    held = HeldExperts(bundle / "bs", manifest, holds) if holds is not None else None
+    kept = keep_measured(keeps, bundle / "bs", manifest, 1, None) if keeps is not None else None
+    held = HeldExperts(bundle / "bs", manifest, holds or 0, kept) if (holds, kept) != (None, None) else None
     stages = Stages(bundle / "bs", manifest, 1)
     pipeline = Pipeline(hub, stages, manifest, InlineWorker, wire, held, skip_lost, trace)
     yield System(manifest, link, clock, hub, pipeline, services)
