@@ -64,6 +64,7 @@ def describe_station(station: Station, command: str) -> dict[str, Any]:
         "in_flight": config.in_flight,
         "batch": config.batch,
         "threads": config.threads,
+        "stages_on": station.pipeline.stages_on,
         "devices": devices,
     }
 
@@ -241,6 +242,7 @@ def circumstances(result: dict[str, Any]) -> dict[str, Any]:
         "in flight": result["in_flight"],
         "batch": result["batch"],
         "threads": result["threads"],
+        "stages on": result["stages_on"],
         "devices": [
             " ".join(
                 (

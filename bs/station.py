@@ -13,7 +13,7 @@ from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
 from wdmoe.bs.pipeline import Outcome, Pipeline
 from wdmoe.bs.roster import BS_KEY_NAME, ROSTER_NAME, FileRoster
-from wdmoe.bs.stages import Stages
+from wdmoe.bs.stages import open_stages
 from wdmoe.bs.tracing import Trace
 from wdmoe.runtime.clock import RealClock
 from wdmoe.runtime.errors import BundleError
@@ -64,7 +64,7 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
     """
     with open_hub(config, say) as (folder, manifest, hub):
         verify_files(folder, manifest)
-        stages = Stages(folder, manifest, config.threads)
+        stages = open_stages(folder, manifest, config.threads, config.stages_on, say)
         waiting = ", ".join(f"device-{k}" for k in hub.missing_devices())
         say(f"waiting up to {config.wait_s:g} s for {waiting}")
         hub.wait_for_devices(config.wait_s)

@@ -15,7 +15,7 @@ from wdmoe.bs.microbatch import pack_sequence
 from wdmoe.bs.pipeline import Pipeline
 from wdmoe.bs.policies import Exact, Policy
 from wdmoe.bs.routing import Floats
-from wdmoe.bs.stages import Stages, new_cache
+from wdmoe.bs.stages import Stages, StationStages, new_cache
 from wdmoe.bs.tracing import Trace
 from wdmoe.device.loading import quick_profile
 from wdmoe.device.service import DeviceService
@@ -69,6 +69,7 @@ def open_system(
     skip_lost: bool = False,
     trace: Trace | None = None,
     clock: VirtualClock | None = None,
+    make_stages: Callable[[Path, BsManifest], StationStages] = lambda folder, manifest: Stages(folder, manifest, 1),
 ) -> Iterator[System]:
     """Connect every device folder of a bundle to a base station; time is virtual.
 
@@ -81,6 +82,7 @@ def open_system(
         skip_lost: whether what is lost may be left out.
         trace: collects a timeline.
         clock: None makes one that only waiting moves.
+        make_stages: loads the base station's part.
     """
     clock = clock or VirtualClock()
     manifest = read_manifest(bundle / "bs", BsManifest)
@@ -97,7 +99,7 @@ def open_system(
     hub.turn(0.0)
     hub.turn(0.0)
     held = HeldExperts(bundle / "bs", manifest, holds) if holds is not None else None
-    stages = Stages(bundle / "bs", manifest, 1)
+    stages = make_stages(bundle / "bs", manifest)
     pipeline = Pipeline(hub, stages, manifest, InlineWorker, wire, held, skip_lost, trace)
     yield System(manifest, link, clock, hub, pipeline, services)
     pipeline.close()
