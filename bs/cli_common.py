@@ -56,6 +56,14 @@ def model_options(function: AnyFunction) -> AnyFunction:
             help="Token rows on the wire; int8: with a scale for each row.",
         ),
         click.option("--threads", type=click.IntRange(min=1), default=DEFAULTS.threads, help="Threads of the stages."),
+        click.option(
+            "--stages-on",
+            type=click.Choice(["cpu", "cuda", "auto"]),
+            default=DEFAULTS.stages_on,
+            metavar="WHERE",
+            help="Where the base station computes: cpu, cuda, or auto, a GPU where there is one and the extra cuda-bs. "
+            "Not yet run on a GPU.",
+        ),
         click.option("--wait", "wait_s", type=float, default=DEFAULTS.wait_s, help="Seconds to wait for the devices."),
         click.option(
             "--bs-holds",

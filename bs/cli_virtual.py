@@ -142,4 +142,8 @@ def open_any_station(config: StationConfig, virtual: VirtualConfig | None) -> Ab
 
     if config.health is not None or config.encrypt:
         raise ValueError("--health and --encrypt are for devices that dial in; leave them out with --clock virtual")
+    if config.stages_on != "cpu":
+        raise ValueError(
+            "--stages-on is for real time; leave it out with --clock virtual, where --stage-ms says it all"
+        )
     return open_virtual_station(config, virtual, say)

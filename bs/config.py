@@ -14,6 +14,8 @@ from wdmoe.runtime.keys import default_keys_dir
 from wdmoe.runtime.links import is_loopback
 from wdmoe.runtime.messages import Wire
 
+StagesOn = Literal["cpu", "cuda", "auto"]
+
 
 @dataclass(frozen=True, slots=True)
 class StationConfig:
@@ -26,6 +28,7 @@ class StationConfig:
     keys: Path = field(default_factory=default_keys_dir)
     wire: Wire = "fp16"
     threads: int = os.cpu_count() or 1
+    stages_on: StagesOn = "cpu"
     in_flight: int = 1  # microbatches; more raises throughput over slow links, and the latency of each question
     batch: int = 1  # questions in a microbatch; more raises throughput, and the latency of each question
     wait_s: float = 60.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +37,40 @@ class Shipment:
         return Message(self.request, self.packed)
 
 
+class Packed(Protocol):
+    """The rows of a microbatch as they travel."""
+
+    @property
+    def wire(self) -> Wire:
+        """Their precision."""
+        ...
+
+    def of(self, device: int, rows: Ints) -> npt.NDArray[Any]:
+        """Return rows of the microbatch, ascending, for a device: [len(rows), d_model]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """Rows that were packed once, though most go to several devices."""
+
+    rows: npt.NDArray[Any]  # [tokens, d_model]
+    wire: Wire
+
+    def of(self, device: int, rows: Ints) -> npt.NDArray[Any]:
+        """Return rows of the microbatch; all of them without a copy."""
+        return self.rows if len(rows) == len(self.rows) else self.rows[rows]
+
+
 def split_by_device(
     block: int, routing: Routing, plan: Plan, owner: Ints, names: Sequence[str], hidden: Floats, wire: Wire
+) -> list[Shipment]:
+    """Make one request for each device that is needed, from rows [tokens, d_model]; see `shipments_of`."""
+    return shipments_of(block, routing, plan, owner, names, PackedRows(*pack_rows(hidden, wire)))
+
+
+def shipments_of(
+    block: int, routing: Routing, plan: Plan, owner: Ints, names: Sequence[str], packed: Packed
 ) -> list[Shipment]:
     """Make one request for each device that is needed; a token's row goes once to each.
 
@@ -47,8 +80,7 @@ def split_by_device(
         plan: what of it is asked for, with which weights.
         owner: [n_experts], index into `names` of each expert's device.
         names: of the devices.
-        hidden: [tokens, d_model], what the experts see.
-        wire: precision of the rows on the wire.
+        packed: what the experts see.
     """
     token, slot = np.nonzero(plan.keep)
     expert = (routing.experts if plan.experts is None else plan.experts)[token, slot]
@@ -57,11 +89,10 @@ def split_by_device(
     call = device * len(owner) + expert
     order = np.argsort(call, kind="stable")  # entries by device, then expert, then token
     token, device = token[order], device[order]
-    used = np.zeros((len(names), len(hidden)), np.bool_)
+    used = np.zeros((len(names), len(plan.keep)), np.bool_)
     used[device, token] = True
     index = (np.cumsum(used, axis=1)[device, token] - 1).astype("<u4").tobytes()
     weights = weight[order].astype("<f4").tobytes()
-    packed, wire_used = pack_rows(hidden, wire)  # once, though most rows go to several devices
     shipments: list[Shipment] = []
     at = 0
     for k, asked in enumerate(_calls_by_device(call, len(owner), len(names))):
@@ -73,13 +104,13 @@ def split_by_device(
             request_id=0,
             block=block,
             rows=len(rows),
-            wire=wire_used,
+            wire=packed.wire,
             experts=tuple(number for number, _ in asked),
             counts=tuple(count for _, count in asked),
             index=index[start:at],
             weights=weights[start:at],
         )
-        shipments.append(Shipment(names[k], rows, request, packed if len(rows) == len(packed) else packed[rows]))
+        shipments.append(Shipment(names[k], rows, request, packed.of(k, rows)))
     return shipments
 
 

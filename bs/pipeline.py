@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from wdmoe.bs.airtime import Medium, latency_model
-from wdmoe.bs.dispatch import Shipment, combine, relative_error, split_by_device
+from wdmoe.bs.dispatch import Shipment, relative_error, shipments_of
 from wdmoe.bs.fleet import BS_HOLDS, NOBODY
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
@@ -27,7 +27,7 @@ from wdmoe.bs.policies import Context, Exact, Policy, select
 from wdmoe.bs.records import BlockRecord, Record
 from wdmoe.bs.requests import Requests, Want, lost_share
 from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing, pairs_used, route
-from wdmoe.bs.stages import Stages, rope_angles
+from wdmoe.bs.stages import OnStation, StationStages
 from wdmoe.bs.tracing import LOOP, STAGES, WAITS, Trace
 from wdmoe.runtime.errors import DeviceFailed, DevicesMissing
 from wdmoe.runtime.manifest import BsManifest
@@ -43,8 +43,8 @@ SHORT_MS = 20.0  # what took no longer in the block before may hold up the loop
 class Dispatched:
     """What a step of the worker leaves: requests to send, and what the next stage needs."""
 
-    residual: Floats
-    hidden: Floats
+    residual: OnStation
+    hidden: OnStation
     shipments: list[Shipment]
     asked_weight: Floats  # [n], sum of the gate weights asked for, by token
     record: BlockRecord
@@ -56,15 +56,15 @@ class Flight:
 
     number: int  # of the microbatch, in the order they came
     microbatch: Microbatch
-    angles: tuple[Floats, Floats]
+    prepared: OnStation  # what every stage takes
     started_s: float
     record: Record
     block: int = 0
-    residual: Floats | None = None
+    residual: OnStation = None
     wants: list[Want] = field(default_factory=list)  # of this block, by device
     waiting: int = 0  # wants that are not done
     asked_weight: Floats | None = None
-    shared: Floats | None = None
+    shared: OnStation = None
     shared_pending: bool = False
     result: Result | None = None
     stage_done_s: float = 0.0
@@ -87,7 +87,7 @@ class Held:
 class Shared:
     """The output of a block's shared expert."""
 
-    rows: Floats
+    rows: OnStation
 
 
 Outcome = tuple[Flight | None, "Dispatched | Result | Shared | Held"]
@@ -116,7 +116,7 @@ class Pipeline:
     def __init__(
         self,
         hub: Hub,
-        stages: Stages,
+        stages: StationStages,
         manifest: BsManifest,
         make_worker: Callable[[Callable[[], None]], Worker[Outcome]],
         wire: Wire = "fp16",
@@ -190,6 +190,11 @@ class Pipeline:
             self._landed.clear()
 
     @property
+    def stages_on(self) -> str:
+        """Which kind of processor runs the stages: cpu or cuda."""
+        return self._stages.on
+
+    @property
     def in_flight(self) -> int:
         """Microbatches on their way."""
         return len(self._flights)
@@ -245,9 +250,9 @@ class Pipeline:
 
     def _depart(self, number: int, microbatch: Microbatch, policy: Policy) -> None:
         now_s = self._hub.clock.now_s()
-        angles = rope_angles(self._model.rope, microbatch.positions)
+        prepared = self._stages.prepare(microbatch)
         record = Record(microbatch.name, len(microbatch.token_ids), microbatch.questions)
-        flight = Flight(number, microbatch, angles, now_s, record)
+        flight = Flight(number, microbatch, prepared, now_s, record)
         self._flights.append(flight)
         self._submit_step(flight, None, policy)
 
@@ -313,17 +318,17 @@ class Pipeline:
         flight.record.blocks[-1].waiting_ms = (now_s - flight.stage_done_s) * 1e3
         if self._trace is not None:
             self._trace.add(WAITS, f"block {flight.block} of {flight.microbatch.name}", flight.stage_done_s, now_s)
-        rows, width, shared, wants = len(flight.microbatch.token_ids), self._model.d_model, flight.shared, flight.wants
+        rows, shared, wants = len(flight.microbatch.token_ids), flight.shared, flight.wants
         assert flight.asked_weight is not None
         lost = lost_share(rows, wants, flight.asked_weight)
         partials = [partial for want in wants for partial in want.partials]
         flight.block += 1
         flight.wants, flight.shared = [], None
-        self._submit_step(flight, lambda: combine(rows, width, partials, lost, shared), policy)
+        self._submit_step(flight, lambda: self._stages.combine(rows, partials, lost, shared), policy)
 
     # -- what runs on the worker -----------------------------------------------------------------------------------
 
-    def _submit_step(self, flight: Flight, combined: Callable[[], Floats] | None, policy: Policy) -> None:
+    def _submit_step(self, flight: Flight, combined: Callable[[], OnStation] | None, policy: Policy) -> None:
         block, residual = flight.block, flight.residual
         last = block == self._model.n_blocks  # with the head: another thing than the steps before it
         workers = _NO_WORKERS if last else self._workers(block, self._may_skip(policy))
@@ -338,7 +343,7 @@ class Pipeline:
         """Whether a job may run on the loop's own thread: nothing else could use that time, and it is not long."""
         return len(self._flights) == 1 and last_ms <= SHORT_MS
 
-    def _run_shared(self, flight: Flight, block: int, hidden: Floats) -> Shared:
+    def _run_shared(self, flight: Flight, block: int, hidden: OnStation) -> Shared:
         started_s = self._hub.clock.now_s()
         rows = self._stages.shared(block, hidden)
         self._note(flight, f"shared expert {block}", started_s)
@@ -421,8 +426,8 @@ class Pipeline:
         self,
         flight: Flight,
         block: int,
-        residual: Floats | None,
-        combined: Callable[[], Floats] | None,
+        residual: OnStation,
+        combined: Callable[[], OnStation] | None,
         workers: Workers,
         latencies: tuple[DeviceLatency, ...],
         policy: Policy,
@@ -436,13 +441,14 @@ class Pipeline:
             result = self._stages.finish(microbatch, residual, moe_out)
             self._note(flight, "head", started_s)
             return result
-        attended = self._stages.attend(block, microbatch, flight.angles, residual, moe_out)
+        attended = self._stages.attend(block, microbatch, flight.prepared, residual, moe_out)
+        routed = self._stages.route(attended, workers.owner, len(workers.names), self._wire)
         if self.on_router is not None:
-            self.on_router(block, attended.router_logits)
-        routing = route(attended.router_logits, self._model.top_k, self._model.norm_top_k)
+            self.on_router(block, routed.router_logits)
+        routing = routed.routing
         owner = self._owner(workers, routing, latencies)
-        plan = self._select(block, routing, attended.router_logits, owner, latencies, policy)
-        shipments = split_by_device(block, routing, plan, owner, workers.names, attended.hidden, self._wire)
+        plan = self._select(block, routing, routed.router_logits, owner, latencies, policy)
+        shipments = shipments_of(block, routing, plan, owner, workers.names, routed.packed)
         sent = pairs = sum(len(shipment.rows) for shipment in shipments)
         gate_mass_dropped = 0.0
         if not isinstance(policy, Exact):
@@ -458,9 +464,10 @@ class Pipeline:
             stopped=plan.stopped,
         )
         if self._wire == "int8" and block == flight.number % self._model.n_blocks:
-            flight.record.wire_error = relative_error(attended.hidden, self._wire)  # of one block; the next of another
+            # Of one block; the next microbatch of another.
+            flight.record.wire_error = relative_error(self._stages.on_host(routed.hidden), self._wire)
         self._note(flight, f"stage {block}", started_s)
-        return Dispatched(attended.residual, attended.hidden, shipments, plan.weights.sum(axis=1), record)
+        return Dispatched(routed.residual, routed.hidden, shipments, plan.weights.sum(axis=1), record)
 
     def _owner(self, workers: Workers, routing: Routing, latencies: tuple[DeviceLatency, ...]) -> Ints:
         """Say who runs each expert for these rows: the base station takes over what makes the block shorter."""

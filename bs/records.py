@@ -166,6 +166,8 @@ def summarise(records: Sequence[Record]) -> Summary:
         theta_mean=float(np.mean(thetas)) if thetas else None,
         theta_stops=stops,
         devices=tuple(_summarise_device(name, records) for name in sorted({n for r in records for n in r.devices})),
+        bs_rows=sum(block.bs_rows for block in blocks),
+        bs_experts_ms=sum(block.bs_experts_ms for block in blocks) / questions,
     )
 
 
@@ -184,6 +186,4 @@ def _summarise_device(name: str, records: Sequence[Record]) -> DeviceSummary:
         sum(use.queue_ms for use in everything) / requests,
         sum(use.air_ms for use in everything) / requests,
         *(sum(use.queue_ms for use in part) / max(1, sum(use.requests for use in part)) for part in (first, last)),
-        bs_rows=sum(block.bs_rows for block in blocks),
-        bs_experts_ms=sum(block.bs_experts_ms for block in blocks) / questions,
     )

@@ -60,7 +60,12 @@ def latency_against_quality(runs: Sequence[PolicyRun], origin: str, key: str, la
 def time_split(runs: Sequence[PolicyRun], origin: str, key: str, label: str) -> str:
     """Draw where a question's time goes: above what adds up to its latency, below what devices and air took of it."""
     parts: tuple[tuple[str, str, Callable[[PolicyRun], float], float], ...] = (
-        ("base station", COLORS[0], lambda run: run.summary.bs_ms + run.summary.shared_ms, 0.0),
+        (
+            "base station",
+            COLORS[0],
+            lambda run: run.summary.bs_ms + run.summary.shared_ms + run.summary.bs_experts_ms,
+            0.0,
+        ),
         ("waiting", COLORS[4], lambda run: run.summary.waiting_ms, 0.0),
         ("overhead", "#888888", lambda run: run.summary.overhead_ms, 0.0),
         ("air", COLORS[5], lambda run: run.summary.air_ms, 0.24),

@@ -14,7 +14,7 @@ from wdmoe.bs.hub import Hub
 from wdmoe.bs.kept import Kept, keep_measured
 from wdmoe.bs.pipeline import Outcome, Pipeline
 from wdmoe.bs.roster import BS_KEY_NAME, ROSTER_NAME, FileRoster
-from wdmoe.bs.stages import Stages
+from wdmoe.bs.stages import open_stages
 from wdmoe.bs.tracing import Trace
 from wdmoe.runtime.clock import RealClock
 from wdmoe.runtime.errors import BundleError
@@ -66,7 +66,7 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
     """
     with open_hub(config, say) as (folder, manifest, hub):
         verify_files(folder, manifest)
-        stages = Stages(folder, manifest, config.threads)
+        stages = open_stages(folder, manifest, config.threads, config.stages_on, say)
         kept = None
         if config.bs_experts != "none":
             kept = keep_measured(config.bs_experts, folder, manifest, config.threads, config.bs_counts)

@@ -16,7 +16,7 @@ from wdmoe.bs.microbatch import pack_sequence
 from wdmoe.bs.pipeline import Pipeline
 from wdmoe.bs.policies import Exact, Policy
 from wdmoe.bs.routing import Floats
-from wdmoe.bs.stages import Stages, new_cache
+from wdmoe.bs.stages import Stages, StationStages, new_cache
 from wdmoe.bs.tracing import Trace
 from wdmoe.device.loading import quick_profile
 from wdmoe.device.service import DeviceService
@@ -71,6 +71,7 @@ def open_system(
     trace: Trace | None = None,
     clock: VirtualClock | None = None,
     keeps: str | None = None,
+    make_stages: Callable[[Path, BsManifest], StationStages] = lambda folder, manifest: Stages(folder, manifest, 1),
 ) -> Iterator[System]:
     """Connect every device folder of a bundle to a base station; time is virtual.
 
@@ -84,6 +85,7 @@ def open_system(
         trace: collects a timeline.
         clock: None makes one that only waiting moves.
         keeps: experts that the base station runs itself, as for --bs-experts.
+        make_stages: loads the base station's part.
     """
     clock = clock or VirtualClock()
     manifest = read_manifest(bundle / "bs", BsManifest)
@@ -101,7 +103,7 @@ def open_system(
     hub.turn(0.0)
     kept = keep_measured(keeps, bundle / "bs", manifest, 1, None) if keeps is not None else None
     held = HeldExperts(bundle / "bs", manifest, holds or 0, kept) if (holds, kept) != (None, None) else None
-    stages = Stages(bundle / "bs", manifest, 1)
+    stages = make_stages(bundle / "bs", manifest)
     pipeline = Pipeline(hub, stages, manifest, InlineWorker, wire, held, skip_lost, trace)
     yield System(manifest, link, clock, hub, pipeline, services)
     pipeline.close()

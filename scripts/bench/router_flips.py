@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import click
 import numpy as np
@@ -24,11 +23,10 @@ sys.path += [str(ROOT / "tests"), str(ROOT)]
 from inprocess import open_system
 
 from scripts.bench._environment import environment, progress, write_json
-from wdmoe.bs import pipeline
 from wdmoe.bs.evaluation import evaluate, load_task
 from wdmoe.bs.policies import Exact
 from wdmoe.bs.questions import Answer, Question
-from wdmoe.bs.routing import Floats, Routing, route
+from wdmoe.bs.routing import Floats, route
 from wdmoe.bs.scoring import DistributedScorer
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
 from wdmoe.export.models import SMALL_MODEL, find_checkpoint
@@ -88,11 +86,8 @@ def run(bundle: Path, wire: Any, questions: Sequence[Question]) -> tuple[list[An
     """Answer questions one at a time; also returns the router's logits of each block, question after question."""
     logits: Logits = []
 
-    def spy(router_logits: Floats, top_k: int, normalise: bool) -> Routing:
-        logits.append(router_logits.copy())
-        return route(router_logits, top_k, normalise)
-
-    with patch.object(pipeline, "route", spy), open_system(bundle, engine="onnxruntime", wire=wire) as system:
+    with open_system(bundle, engine="onnxruntime", wire=wire) as system:
+        system.pipeline.on_router = lambda _, of_block: logits.append(of_block.copy())
         answers = DistributedScorer(system.pipeline, Exact(), 1, system.manifest.model.sliding_window).score(questions)
     return answers, logits
 
