@@ -54,7 +54,7 @@ def route(router_logits: Floats, top_k: int, normalise: bool) -> Routing:
     shifted = np.exp(router_logits - router_logits.max(axis=1, keepdims=True))
     probabilities = shifted / shifted.sum(axis=1, keepdims=True)
     experts = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
-    weights = np.take_along_axis(probabilities, experts, axis=1)
+    weights = probabilities[np.arange(len(experts))[:, None], experts]  # take_along_axis takes twice as long
     if normalise:
         weights = weights / weights.sum(axis=1, keepdims=True)
     return Routing(experts, weights)

@@ -23,4 +23,5 @@ def test_layers_and_echoes_alternate_through_the_same_processes() -> None:
     assert done.returncode == (0 if result["passed"] else 1)
     assert point["layers"] == 3 * 16 and 0 < point["echo_p50_ms"] < point["layer_p50_ms"]
     assert point["layer_over_echo"] == pytest.approx(point["layer_p50_ms"] / point["echo_p50_ms"])
+    assert point["layer_over_echo_in_place"] == pytest.approx(point["layer_p50_ms"] / point["echo_in_place_p50_ms"])
     assert 2 * 3 * 256 * 2 < point["bytes_down"] < 2 * (3 * 256 * 2 + 1000)  # each row to both, as fp16, and headers

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-GATE = Path(__file__).parents[1] / "scripts" / "bench" / "tensorrt_gate.py"
+BENCH = Path(__file__).parents[1] / "scripts" / "bench"
+GATE, SCRATCH = BENCH / "tensorrt_gate.py", BENCH / "tensorrt_scratch.py"
 
 pytestmark = [pytest.mark.tensorrt, pytest.mark.slow]
 
@@ -27,6 +28,18 @@ def test_networks_are_accepted_and_copy_no_weights() -> None:
     assert len(result["networks"]) == 6 and result["passed"]
     assert result["scratch_over_weights"] <= 0.125
     assert all(result["networks"][f"{shape} fp16"]["plan_bytes"] < 1_000_000 for shape in ("576x96", "2048x768"))
+
+
+def test_a_product_reserves_the_same_whatever_its_size() -> None:
+    """Why a reserve is taken off before scratch is compared with weights."""
+    line = [sys.executable, str(SCRATCH), "--only", "product", "--json", "-"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {name: row["beyond_bytes"] for name, row in json.loads(done.stdout)["attempts"].items()}
+    assert found["product 64x64"] == found["product 576x96"]
+    assert min(found["product 64x64"]) > 64 * 64 * 2  # more than the weights
+    assert found["product 2048x1024"] == found["product 4096x14336"]
+    assert found["product as no_product"] == [0, 0]
 
 
 def test_weights_that_are_dequantised_to_memory_are_noticed() -> None:

@@ -8,6 +8,8 @@ request a device, the wire there and back, weighing, summing, combining. `layer`
 stage's graph to the start of the next. `echo` sends the frames of one layer's requests to the same processes by pyzmq alone
 (ROUTER and DEALER, CURVE) and waits for all of them to come back. Microbatches and echoes alternate in the same run, so
 that others on the machine meet both. `layer_over_echo` is the ratio of the medians; the bar is on the worst: <= 1.5.
+Echoes follow each other at once, a layer follows a stage that has emptied the caches and let the devices fall asleep:
+`echo_in_place` is the same echo right after each stage, and its ratio tells how much of the difference is ours.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +35,7 @@ from processes import exit_on_sigterm, stop
 
 from scripts.bench._environment import CpuUse, environment, progress, write_json
 from wdmoe.bs.hub import Hub
-from wdmoe.bs.microbatch import Microbatch, Result, pack_sequence
+from wdmoe.bs.microbatch import KvCache, Microbatch, Result, pack_sequence
 from wdmoe.bs.pipeline import Pipeline
 from wdmoe.bs.policies import Exact
 from wdmoe.bs.roster import FileRoster
@@ -60,6 +62,7 @@ class TimedStages(Stages):
         super().__init__(folder, manifest, threads)
         self.began_s: list[float] = []
         self.ended_s: list[float] = []
+        self.after_stage: Callable[[int], None] | None = None  # told the block
 
     def attend(
         self,
@@ -72,6 +75,8 @@ class TimedStages(Stages):
         """Run a stage; see `Stages`."""
         self.began_s.append(time.perf_counter())
         attended = super().attend(block, microbatch, angles, residual, moe_out)
+        if self.after_stage is not None:
+            self.after_stage(block)
         self.ended_s.append(time.perf_counter())
         return attended
 
@@ -173,25 +178,29 @@ def measure(system: System, rows: int, rounds: int) -> dict[str, Any]:
     layers_ms: list[float] = []
     stages_ms: list[float] = []
     echoes_ms: list[float] = []
+    in_place_ms: list[float] = []
     layers: list[list[tuple[bytes, list[Frame]]]] = []  # the frames of each block's requests, with their peers
+
+    def echo_after(block: int) -> None:
+        in_place_ms.append(echo_ms(system.echo, layers[block]))
+
     system.keeper.keeping = True
     for number in range(WARM_UP_ROUNDS + rounds):
         if number == WARM_UP_ROUNDS:
             use = CpuUse(system.pids)
-        cache.truncate(0)
-        system.stages.began_s.clear()
-        system.stages.ended_s.clear()
-        for _ in system.pipeline.run([pack_sequence("overhead", ids, cache, None)], Exact()):
-            pass
+        run_once(system, ids, cache)
         if system.keeper.keeping:
             system.keeper.keeping = False
             layers, system.keeper.kept = grouped(system.keeper.kept, system.peers), []
-        began_s, ended_s = system.stages.began_s, system.stages.ended_s
+        began_s, ended_s = list(system.stages.began_s), list(system.stages.ended_s)
         took_ms = [echo_ms(system.echo, layer) for layer in layers]
         if number >= WARM_UP_ROUNDS:
             layers_ms += [(after - before) * 1e3 for before, after in zip(ended_s, began_s[1:], strict=True)]
             stages_ms += [(after - before) * 1e3 for before, after in zip(began_s[:-1], ended_s, strict=True)]
             echoes_ms += took_ms
+            system.stages.after_stage = echo_after
+            run_once(system, ids, cache)
+            system.stages.after_stage = None
     p50, p95 = np.percentile(layers_ms, (50, 95))
     echo_p50, echo_p95 = np.percentile(echoes_ms, (50, 95))
     return {
@@ -200,11 +209,22 @@ def measure(system: System, rows: int, rounds: int) -> dict[str, Any]:
         "layer_p95_ms": float(p95),
         "echo_p50_ms": float(echo_p50),
         "echo_p95_ms": float(echo_p95),
+        "layer_over_echo_in_place": float(p50 / np.median(in_place_ms)),
+        "echo_in_place_p50_ms": float(np.median(in_place_ms)),
         "stage_p50_ms": float(np.median(stages_ms)),
         "layers": len(layers_ms),
         "bytes_down": sum(len(frame) for _, frames in layers[0] for frame in frames),
         "cpu": use.since(),
     }
+
+
+def run_once(system: System, ids: Sequence[int], cache: KvCache) -> None:
+    """Let one microbatch pass, noting when its stages ran."""
+    cache.truncate(0)
+    system.stages.began_s.clear()
+    system.stages.ended_s.clear()
+    for _ in system.pipeline.run([pack_sequence("overhead", ids, cache, None)], Exact()):
+        pass
 
 
 def grouped(kept: Sequence[list[Frame]], peers: Sequence[bytes]) -> list[list[tuple[bytes, list[Frame]]]]:
@@ -276,7 +296,8 @@ def _line(point: dict[str, Any]) -> str:
     busy = "" if others is None else f", others {others:.0%} of the processors"
     return (
         f"{point['devices']} devices, {point['rows']} rows: layer {point['layer_p50_ms']:.2f} ms, "
-        f"echo {point['echo_p50_ms']:.2f} ms, ratio {point['layer_over_echo']:.2f}{busy}"
+        f"echo {point['echo_p50_ms']:.2f} ms, ratio {point['layer_over_echo']:.2f}; "
+        f"echo in place {point['echo_in_place_p50_ms']:.2f} ms, ratio {point['layer_over_echo_in_place']:.2f}{busy}"
     )
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from judged import BOS, TOKENIZER, TableScorer, byte_tokenizer, decode, prompts
 
 from wdmoe.bs.evaluation import (
     Evaluation,
@@ -24,14 +23,12 @@ from wdmoe.bs.evaluation import (
     paired_difference,
     pooled_difference,
 )
-from wdmoe.bs.questions import Answer, Choice, Question
+from wdmoe.bs.questions import Answer, Question
 from wdmoe.runtime.errors import DataError, EngineError, WdmoeError
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 
 ROOT = Path(__file__).parents[2]
-DATA_DIR = Path(os.environ.get("WDMOE_DATA_DIR", ROOT.parent / "shared/data"))
-BOS = "<s>"
 
 # Chosen by hand so that acc and acc_norm disagree: see `LOG_LIKELIHOODS`.
 ROWS: list[tuple[str, str, str, int]] = [
@@ -48,49 +45,6 @@ LOG_LIKELIHOODS = {
     " With a knife.": -1.0,
     " With soup.": -30.0,
 }
-
-
-def byte_tokenizer(bos: bool = False) -> Any:
-    """One token per byte, so that decoding gives back exactly what was encoded."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if bos:
-        tokenizer.add_special_tokens([BOS])
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
-        )
-    return tokenizer
-
-
-TOKENIZER = byte_tokenizer()
-
-
-def decode(tokens: Sequence[int], tokenizer: Any = TOKENIZER) -> str:
-    text: str = tokenizer.decode(list(tokens), skip_special_tokens=False)
-    return text
-
-
-class TableScorer:
-    """Answers by a function of the decoded continuation, last question first, and keeps what it was asked."""
-
-    def __init__(self, log_likelihood: Callable[[str], float] = lambda text: -float(len(text))) -> None:
-        self.log_likelihood = log_likelihood
-        self.asked: list[Question] = []
-
-    def score(
-        self, questions: Sequence[Question], on_answer: Callable[[int, Answer], None] | None = None
-    ) -> list[Answer]:
-        self.asked.extend(questions)
-        answers = []
-        for question in questions:
-            values = tuple(self.log_likelihood(decode(choice.continuation)) for choice in question.choices)
-            answers.append(Answer(values, tuple(value > -9.5 for value in values)))
-        for index in reversed(range(len(questions))):
-            if on_answer is not None:
-                on_answer(index, answers[index])
-        return answers
 
 
 @pytest.fixture(scope="module")
@@ -371,66 +325,6 @@ def test_the_bundled_sample_goes_by_its_own_name() -> None:
     evaluation = run(task, scorer, limit=2)
     assert (evaluation.dataset, evaluation.source, evaluation.rows) == ("piqa-sample", "bundled sample", 2)
     assert [question.name for question in scorer.asked] == ["piqa-sample/0", "piqa-sample/1"]
-
-
-def prompts(questions: Sequence[Question]) -> list[list[tuple[str, str]]]:
-    def text(choice: Choice) -> tuple[str, str]:
-        return decode(choice.context), decode(choice.continuation)
-
-    return [[text(choice) for choice in question.choices] for question in questions]
-
-
-def test_the_prompt_of_a_bundled_row_is_pinned() -> None:
-    scorer = TableScorer()
-    run(load_task("piqa-sample"), scorer, limit=2)
-    prompt = "Question: Shift a heavy wardrobe across a carpet.\nAnswer:"
-    assert prompts(scorer.asked)[1] == [
-        (prompt, " Slip smooth plastic lids under its feet and push."),
-        (prompt, " Slip grippy rubber mats under its feet and push."),
-    ]
-
-
-@pytest.mark.skipif(
-    not (DATA_DIR / "piqa/valid.jsonl").is_file(),
-    reason=f"no PIQA rows in {DATA_DIR}: set WDMOE_DATA_DIR to the folder that holds piqa/",
-)
-def test_the_prompt_of_the_first_piqa_row_is_pinned_and_equals_the_judges_own() -> None:
-    scorer = TableScorer()
-    run(load_task("piqa", DATA_DIR), scorer, limit=20)
-    asked = prompts(scorer.asked)
-
-    # Evaluation rows are not copied into this repository, so the exact text is pinned by its hash.
-    (prompt, first), (same_prompt, second) = asked[0]
-    assert prompt == same_prompt
-    assert prompt.startswith("Question: ") and prompt.endswith("?\nAnswer:")
-    assert first.startswith(" P") and second.startswith(" P")
-    digest = hashlib.sha256(json.dumps([prompt, [first, second]]).encode()).hexdigest()
-    assert digest == "e2d6bc378b9d5c3c2ac536cf878782090557d64b844978a01479d0900e680f16"
-
-    assert asked == what_lm_eval_asks(DATA_DIR / "piqa", limit=20)
-
-
-def what_lm_eval_asks(folder: Path, limit: int) -> list[list[tuple[str, str]]]:
-    """The prompts of lm-eval's PIQA without any class of ours, read by hand from the same files."""
-    import datasets
-    import lm_eval.tasks
-    from lm_eval.api.task import ConfigurableTask
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    rows = [json.loads(line) for line in (folder / "valid.jsonl").read_bytes().split(b"\n") if line]
-    labels = [int(line) for line in (folder / "valid-labels.lst").read_text().split()]
-    labelled = [{**row, "label": label} for row, label in zip(rows, labels, strict=True)]
-    config = load_yaml(Path(lm_eval.tasks.__file__).parent / "piqa/piqa.yaml")
-    config |= {
-        "training_split": None,
-        "custom_dataset": lambda **_: {"validation": datasets.Dataset.from_list(labelled)},
-    }
-    task = ConfigurableTask(config=config)
-    task.build_all_requests(limit=limit)
-    asked: list[list[tuple[str, str]]] = [[] for _ in range(limit)]
-    for request in task.instances:
-        asked[request.doc_id].append(request.args)
-    return asked
 
 
 def test_an_unknown_data_set_is_refused() -> None:
