@@ -22,10 +22,10 @@ from wdmoe.bs.hub import Hub
 from wdmoe.bs.importance import norms_of_text
 from wdmoe.bs.latency import DeviceLatency, row_ms
 from wdmoe.bs.microbatch import Microbatch, Result
-from wdmoe.bs.policies import Context, Exact, Policy, select
+from wdmoe.bs.policies import Context, Exact, Policy, RoundRobin, select
 from wdmoe.bs.records import BlockRecord, Record
 from wdmoe.bs.requests import Requests, Want, lost_share
-from wdmoe.bs.routing import Floats, Ints, Plan, Routing, pairs_used, route
+from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing, pairs_used, route
 from wdmoe.bs.stages import Stages, rope_angles
 from wdmoe.bs.tracing import LOOP, STAGES, WAITS, Trace
 from wdmoe.runtime.errors import DeviceFailed, DevicesMissing
@@ -95,6 +95,7 @@ class Workers:
 
     names: tuple[str, ...]
     owner: Ints  # [n_experts], index into names
+    holders: Bools | None = None  # [n_experts, n_names], all who may run each expert; None: its owner alone is asked
 
 
 _NO_WORKERS = Workers((), np.empty(0, np.int64))
@@ -144,7 +145,7 @@ class Pipeline:
         self.requests = Requests(hub, held, self._run_held, trace)
         self._flights: list[Flight] = []
         self._landed: list[Flight] = []
-        self._known_workers: dict[tuple[int, bool], Workers] = {}  # while nobody comes, goes or fails
+        self._known_workers: dict[tuple[int, bool, bool], Workers] = {}  # while nobody comes, goes or fails
         self._known_at = self._served_at = (-1, -1)
 
     def run(
@@ -305,7 +306,7 @@ class Pipeline:
     def _submit_step(self, flight: Flight, combined: Callable[[], Floats] | None, policy: Policy) -> None:
         block, residual = flight.block, flight.residual
         last = block == self._model.n_blocks  # with the head: another thing than the steps before it
-        workers = _NO_WORKERS if last else self._workers(block, self._may_skip(policy))
+        workers = _NO_WORKERS if last else self._workers(block, policy)
         latencies = () if last or isinstance(policy, Exact) else self._latencies(workers)
         short = not last and self._is_short(flight.step_ms)
         self._worker.submit(
@@ -333,22 +334,27 @@ class Pipeline:
     def _may_skip(self, policy: Policy) -> bool:
         return self._skip_lost and not isinstance(policy, Exact)
 
-    def _workers(self, block: int, may_skip: bool) -> Workers:
-        """Say who runs which expert of a block now."""
+    def _workers(self, block: int, policy: Policy) -> Workers:
+        """Say who runs which expert of a block now; for a policy that deals rows out, all who may."""
+        may_skip, deals = self._may_skip(policy), isinstance(policy, RoundRobin)
         now_at = (self._hub.changes, self.requests.fleet.changes)
         if now_at != self._known_at:
             self._known_workers, self._known_at = {}, now_at
-        if (known := self._known_workers.get((block, may_skip))) is not None:
+        if (known := self._known_workers.get((block, may_skip, deals))) is not None:
             return known
-        holders: list[str] = []
+        owners: list[str] = []
         for expert in range(self._model.n_experts):
             holder = self.requests.preferred(block, expert)
             if holder is None and not may_skip:
                 raise self._nobody(block, expert)
-            holders.append(holder or NOBODY)
-        names = tuple(sorted(set(holders)))
-        workers = Workers(names, np.array([names.index(holder) for holder in holders]))
-        self._known_workers[block, may_skip] = workers
+            owners.append(holder or NOBODY)
+        sharing = [self.requests.sharing(block, expert) for expert in range(self._model.n_experts)] if deals else []
+        names = tuple(sorted({*owners, *(name for those in sharing for name in those)}))
+        holders = np.array([[name in those for name in names] for those in sharing]) if deals else None
+        if holders is not None:
+            holders[np.arange(len(owners)), [names.index(owner) for owner in owners]] = True
+        workers = Workers(names, np.array([names.index(owner) for owner in owners]), holders)
+        self._known_workers[block, may_skip, deals] = workers
         return workers
 
     def _latencies(self, workers: Workers) -> tuple[DeviceLatency, ...]:
@@ -387,11 +393,11 @@ class Pipeline:
             self.on_router(block, attended.router_logits)
         routing = route(attended.router_logits, self._model.top_k, self._model.norm_top_k)
         owner = workers.owner
-        plan = self._select(block, routing, attended.router_logits, owner, latencies, policy)
+        plan = self._select(block, routing, attended.router_logits, workers, latencies, policy)
         shipments = split_by_device(block, routing, plan, owner, workers.names, attended.hidden, self._wire)
         sent = pairs = sum(len(shipment.rows) for shipment in shipments)
         gate_mass_dropped = 0.0
-        if not isinstance(policy, Exact):
+        if not isinstance(policy, Exact | RoundRobin):  # those leave nothing out
             pairs = int(pairs_used(routing.experts, np.ones_like(plan.keep), owner, len(workers.names)).sum())
             gate_mass_dropped = plan.dropped_mass(routing)
         record = BlockRecord(
@@ -413,10 +419,11 @@ class Pipeline:
         block: int,
         routing: Routing,
         router_logits: Floats,
-        owner: Ints,
+        workers: Workers,
         latencies: tuple[DeviceLatency, ...],
         policy: Policy,
     ) -> Plan:
+        owner = workers.owner
         if isinstance(policy, Exact):  # it looks at no latency, and what would tell it any takes as long as routing
             return select(routing, owner, np.empty(0), policy)
         counts = np.bincount(routing.experts.ravel(), minlength=self._model.n_experts)
@@ -424,6 +431,7 @@ class Pipeline:
             block,
             latency_model(latencies, len(routing.experts), medium=self._medium),
             norms=None if self._norms is None else self._norms[block],
+            holders=workers.holders,
             probabilities=route(router_logits, self._model.n_experts, normalise=False).by_expert(),
         )
         return select(routing, owner, row_ms(latencies, counts, owner), policy, context)
