@@ -26,6 +26,7 @@ from wdmoe.bs.policies import Context, Exact, Policy, RoundRobin, select
 from wdmoe.bs.records import BlockRecord, Record
 from wdmoe.bs.requests import Requests, Want, lost_share
 from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing, pairs_used, route
+from wdmoe.bs.sensitivity import SensitivityFile
 from wdmoe.bs.stages import Stages, rope_angles
 from wdmoe.bs.tracing import LOOP, STAGES, WAITS, Trace
 from wdmoe.runtime.errors import DeviceFailed, DevicesMissing
@@ -140,6 +141,7 @@ class Pipeline:
         self._skip_lost = skip_lost
         self._medium: Medium = medium
         self._on_dispatch = on_dispatch
+        self.sensitivity: SensitivityFile | None = None  # of the blocks, as calibrated
         self.on_router: Callable[[int, Floats], None] | None = None  # told each block's logits, on the worker
         self._worker = make_worker(hub.wake)
         self.requests = Requests(hub, held, self._run_held, trace)
@@ -432,6 +434,7 @@ class Pipeline:
             latency_model(latencies, len(routing.experts), medium=self._medium),
             norms=None if self._norms is None else self._norms[block],
             holders=workers.holders,
+            sensitivity=None if self.sensitivity is None else self.sensitivity.of_block(block),
             probabilities=route(router_logits, self._model.n_experts, normalise=False).by_expert(),
         )
         return select(routing, owner, row_ms(latencies, counts, owner), policy, context)

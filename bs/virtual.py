@@ -20,6 +20,7 @@ from wdmoe.bs.dispatch import Shipment
 from wdmoe.bs.hub import Hub
 from wdmoe.bs.microbatch import Result
 from wdmoe.bs.pipeline import Dispatched, Outcome, Pipeline
+from wdmoe.bs.sensitivity import read_sensitivity
 from wdmoe.bs.stages import Stages
 from wdmoe.bs.station import Station, bs_folder, held_experts, introduced
 from wdmoe.profiles.device_profile import DeviceProfile
@@ -195,6 +196,7 @@ def open_virtual_station(config: StationConfig, virtual: VirtualConfig, say: Say
         medium="shared" if virtual.channel == "shared" else "pooled" if virtual.bandwidth == "per-block" else "own",
         on_dispatch=transmitter.dispatch,
     )
+    pipeline.sensitivity = read_sensitivity(folder, manifest)
     try:
         yield Station(config, folder, manifest, hub, pipeline, virtual)
     finally:
