@@ -50,10 +50,14 @@ def select_bottleneck(routing: Routing, owner: Ints, row_ms: Latencies, policy: 
     """Choose the pairs to leave out."""
     model = context.model or linear_model(row_ms, len(routing.experts))
     importance = slot_importance(routing, policy, context)
-    pairs = make_pairs(owner[routing.experts], importance)
+    device = owner[routing.experts]
+    if len(device) == 1:
+        of_pair = importance[0] if device.shape[1] == 2 and device[0, 0] != device[0, 1] else None
+        of_pair = make_pairs(device, importance).importance[0] if of_pair is None else of_pair  # which costs more
+        costs, allowance = policy.costs(of_pair, importance, context)
+        return _one_token(routing, device[0].tolist(), costs.tolist(), allowance, model, policy)
+    pairs = make_pairs(device, importance)
     costs, allowance = policy.costs(pairs.importance, importance, context)
-    if len(costs) == 1:
-        return _one_token(routing, pairs.device[0].tolist(), costs[0].tolist(), allowance, model, policy)
     pairs = replace(pairs, importance=costs)
     drop = unload(routing.experts, pairs, droppable(pairs, policy.protect), allowance, model, len(owner))
     return plan_without(routing, pairs, drop, policy)
