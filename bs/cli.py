@@ -6,6 +6,7 @@ import importlib
 
 import click
 
+from wdmoe.bs.cli_calibrate import calibrate
 from wdmoe.bs.cli_devices import devices
 from wdmoe.bs.cli_generate import generate
 from wdmoe.bs.cli_keys import enrol, keygen
@@ -53,5 +54,5 @@ def main() -> None:
     """
 
 
-for command in (run, quality, trace, simulate, generate, devices, status, keygen, enrol):
+for command in (run, quality, calibrate, trace, simulate, generate, devices, status, keygen, enrol):
     main.add_command(command)

@@ -148,6 +148,13 @@ class Fleet:
 
         return min((device for device in candidates if self.usable(device)), key=rank, default=None)
 
+    def sharing(self, candidates: Iterable[str]) -> list[str]:
+        """Return those who may share the work of an expert, by name: all healthy ones, or if there are none who is preferred."""
+        candidates = sorted(candidates)
+        healthy = [device for device in candidates if self.of(device).health is Health.HEALTHY]
+        preferred = self.preferred(candidates)
+        return healthy or ([] if preferred is None else [preferred])
+
     def _readmit(self, device: str, why: str) -> None:
         standing = self.of(device)
         self.changes += 1

@@ -23,10 +23,11 @@ from wdmoe.bs.importance import norms_of_text
 from wdmoe.bs.latency import DeviceLatency, row_ms
 from wdmoe.bs.microbatch import Microbatch, Result
 from wdmoe.bs.offload import take_over
-from wdmoe.bs.policies import Context, Exact, Policy, select
+from wdmoe.bs.policies import Context, Exact, Policy, RoundRobin, select
 from wdmoe.bs.records import BlockRecord, Record
 from wdmoe.bs.requests import Requests, Want, lost_share
 from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing, pairs_used, route
+from wdmoe.bs.sensitivity import SensitivityFile
 from wdmoe.bs.stages import OnStation, StationStages
 from wdmoe.bs.tracing import LOOP, STAGES, WAITS, Trace
 from wdmoe.runtime.errors import DeviceFailed, DevicesMissing
@@ -100,6 +101,7 @@ class Workers:
     names: tuple[str, ...]
     owner: Ints  # [n_experts], index into names
     kept: Bools | None = None  # [n_experts], what the base station keeps as well; None: nothing of the block
+    holders: Bools | None = None  # [n_experts, n_names], all who may run each expert; None: its owner alone is asked
 
     @property
     def station(self) -> int:
@@ -150,12 +152,13 @@ class Pipeline:
         self._skip_lost = skip_lost
         self._medium: Medium = medium
         self._on_dispatch = on_dispatch
+        self.sensitivity: SensitivityFile | None = None  # of the blocks, as calibrated
         self.on_router: Callable[[int, Floats], None] | None = None  # told each block's logits, on the worker
         self._worker = make_worker(hub.wake)
         self.requests = Requests(hub, held, self._run_held, trace)
         self._flights: list[Flight] = []
         self._landed: list[Flight] = []
-        self._known_workers: dict[tuple[int, bool], Workers] = {}  # while nobody comes, goes or fails
+        self._known_workers: dict[tuple[int, bool, bool], Workers] = {}  # while nobody comes, goes or fails
         self._known_at = self._served_at = (-1, -1)
 
     def run(
@@ -331,7 +334,7 @@ class Pipeline:
     def _submit_step(self, flight: Flight, combined: Callable[[], OnStation] | None, policy: Policy) -> None:
         block, residual = flight.block, flight.residual
         last = block == self._model.n_blocks  # with the head: another thing than the steps before it
-        workers = _NO_WORKERS if last else self._workers(block, self._may_skip(policy))
+        workers = _NO_WORKERS if last else self._workers(block, policy)
         timeless = last or (isinstance(policy, Exact) and workers.kept is None)
         latencies = () if timeless else self._latencies(workers, flight.shared_ms)
         short = not last and self._is_short(flight.step_ms)
@@ -371,24 +374,32 @@ class Pipeline:
     def _may_skip(self, policy: Policy) -> bool:
         return self._skip_lost and not isinstance(policy, Exact)
 
-    def _workers(self, block: int, may_skip: bool) -> Workers:
-        """Say who runs which expert of a block now."""
+    def _workers(self, block: int, policy: Policy) -> Workers:
+        """Say who runs which expert of a block now; for a policy that deals rows out, all who may."""
+        may_skip, deals = self._may_skip(policy), isinstance(policy, RoundRobin)
         now_at = (self._hub.changes, self.requests.fleet.changes)
         if now_at != self._known_at:
             self._known_workers, self._known_at = {}, now_at
-        if (known := self._known_workers.get((block, may_skip))) is not None:
+        if (known := self._known_workers.get((block, may_skip, deals))) is not None:
             return known
-        holders: list[str] = []
+        owners: list[str] = []
         for expert in range(self._model.n_experts):
             holder = self.requests.preferred(block, expert)
             if holder is None and not may_skip:
                 raise self._nobody(block, expert)
-            holders.append(holder or NOBODY)
+            owners.append(holder or NOBODY)
+        sharing = [self.requests.sharing(block, expert) for expert in range(self._model.n_experts)] if deals else []
         kept = self._held.kept_in(block) if self._held is not None else np.zeros(0, np.bool_)
-        names = tuple(sorted({*holders, BS_HOLDS} if kept.any() else set(holders)))
-        owner = np.array([names.index(holder) for holder in holders])
-        workers = Workers(names, owner, kept if kept.any() else None)
-        self._known_workers[block, may_skip] = workers
+        own = {BS_HOLDS} if kept.any() else set()
+        names = tuple(sorted({*owners, *own, *(name for those in sharing for name in those)}))
+        owner = np.array([names.index(one) for one in owners])
+        holders = np.array([[name in those for name in names] for those in sharing]) if deals else None
+        if holders is not None:
+            holders[np.arange(len(owners)), owner] = True
+            if kept.any():
+                holders[kept, names.index(BS_HOLDS)] = True
+        workers = Workers(names, owner, kept if kept.any() else None, holders)
+        self._known_workers[block, may_skip, deals] = workers
         return workers
 
     def _latencies(self, workers: Workers, shared_ms: float) -> tuple[DeviceLatency, ...]:
@@ -447,11 +458,11 @@ class Pipeline:
             self.on_router(block, routed.router_logits)
         routing = routed.routing
         owner = self._owner(workers, routing, latencies)
-        plan = self._select(block, routing, routed.router_logits, owner, latencies, policy)
+        plan = self._select(block, routing, routed.router_logits, owner, workers.holders, latencies, policy)
         shipments = shipments_of(block, routing, plan, owner, workers.names, routed.packed)
         sent = pairs = sum(len(shipment.rows) for shipment in shipments)
         gate_mass_dropped = 0.0
-        if not isinstance(policy, Exact):
+        if not isinstance(policy, Exact | RoundRobin):  # those leave nothing out
             pairs = int(pairs_used(routing.experts, np.ones_like(plan.keep), owner, len(workers.names)).sum())
             gate_mass_dropped = plan.dropped_mass(routing)
         record = BlockRecord(
@@ -483,6 +494,7 @@ class Pipeline:
         routing: Routing,
         router_logits: Floats,
         owner: Ints,
+        holders: Bools | None,
         latencies: tuple[DeviceLatency, ...],
         policy: Policy,
     ) -> Plan:
@@ -493,6 +505,8 @@ class Pipeline:
             block,
             latency_model(latencies, len(routing.experts), medium=self._medium),
             norms=None if self._norms is None else self._norms[block],
+            holders=holders,
+            sensitivity=None if self.sensitivity is None else self.sensitivity.of_block(block),
             probabilities=route(router_logits, self._model.n_experts, normalise=False).by_expert(),
         )
         return select(routing, owner, row_ms(latencies, counts, owner), policy, context)

@@ -136,6 +136,11 @@ class Requests:
         device = self.fleet.preferred(self.holders(block, expert))
         return device or (BS_HOLDS if self._covers(block, expert) else None)
 
+    def sharing(self, block: int, expert: int) -> list[str]:
+        """Return all who may run an expert now, where its rows are dealt out; see `preferred`."""
+        devices = self.fleet.sharing(self.holders(block, expert))
+        return devices or ([BS_HOLDS] if self._held is not None else [])
+
     def unserved(self, model: ModelSpec) -> bool:
         """Whether some expert has nobody who may run it now."""
         experts = ((block, expert) for block in range(model.n_blocks) for expert in range(model.n_experts))

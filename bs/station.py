@@ -14,6 +14,7 @@ from wdmoe.bs.hub import Hub
 from wdmoe.bs.kept import Kept, keep_measured
 from wdmoe.bs.pipeline import Outcome, Pipeline
 from wdmoe.bs.roster import BS_KEY_NAME, ROSTER_NAME, FileRoster
+from wdmoe.bs.sensitivity import read_sensitivity
 from wdmoe.bs.stages import open_stages
 from wdmoe.bs.tracing import Trace
 from wdmoe.runtime.clock import RealClock
@@ -83,6 +84,7 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
         trace = Trace() if config.trace is not None else None
         held = held_experts(config, folder, manifest, kept)
         pipeline = Pipeline(hub, stages, manifest, make_worker, config.wire, held, skip_lost, trace)
+        pipeline.sensitivity = read_sensitivity(folder, manifest)
         with ExitStack() as stack:
             if trace is not None and config.trace is not None:
                 stack.callback(trace.write, config.trace)  # also of a run that fails

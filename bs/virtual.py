@@ -21,6 +21,7 @@ from wdmoe.bs.hub import Hub
 from wdmoe.bs.kept import keep_modelled
 from wdmoe.bs.microbatch import Result
 from wdmoe.bs.pipeline import Dispatched, Held, Outcome, Pipeline
+from wdmoe.bs.sensitivity import read_sensitivity
 from wdmoe.bs.stages import Stages
 from wdmoe.bs.station import Station, bs_folder, held_experts, introduced, introduced_kept
 from wdmoe.profiles.device_profile import DeviceProfile
@@ -210,6 +211,7 @@ def open_virtual_station(config: StationConfig, virtual: VirtualConfig, say: Say
         medium="shared" if virtual.channel == "shared" else "pooled" if virtual.bandwidth == "per-block" else "own",
         on_dispatch=transmitter.dispatch,
     )
+    pipeline.sensitivity = read_sensitivity(folder, manifest)
     try:
         yield Station(config, folder, manifest, hub, pipeline, virtual, kept)
     finally:

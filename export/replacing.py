@@ -14,7 +14,7 @@ from wdmoe.export.inspection import Inspection, read_bundle
 from wdmoe.export.placement import Placement, device_count, held_by
 from wdmoe.export.slicing import ExpertFile, FloatArray, expert_file_name
 from wdmoe.runtime.errors import BundleError
-from wdmoe.runtime.manifest import BsManifest, FileEntry, write_manifest
+from wdmoe.runtime.manifest import SENSITIVITY_NAME, BsManifest, FileEntry, write_manifest
 from wdmoe.runtime.tensor_file import map_tensors, read_spans
 
 
@@ -58,6 +58,8 @@ def _write_station(source: Path, target: Path, manifest: BsManifest, placement: 
         if not (source / name).is_file():
             raise BundleError(f"{source / name}: missing; copy the folder again")
         link(source / name, target / name)
+    if (source / SENSITIVITY_NAME).is_file():
+        link(source / SENSITIVITY_NAME, target / SENSITIVITY_NAME)
     write_manifest(target, msgspec.structs.replace(manifest, placement=placement))
 
 

@@ -18,6 +18,7 @@ from wdmoe.runtime.errors import BundleError
 FORMAT: Final = "wdmoe-bundle"
 VERSION = 4
 MANIFEST_NAME = "manifest.json"
+SENSITIVITY_NAME = "sensitivity.json"  # beside that of `bs/`, if `wdmoe-bs calibrate` made it
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)  # largest first

@@ -63,6 +63,7 @@ def test_the_lesser_gain_counts_and_without_quality_nothing_does() -> None:
     alone["5:5:5, shared"]["bottleneck"]["latency_mean_ms"] = 88.0
     found = verdict(testbed, alone)
     assert found["policy_gain_shared"] == pytest.approx(0.12) and not found["passed"]
+    assert found["missed"] == ["policy_gain_shared of bottleneck is 0.120, expected at least 0.15"]
     assert found["wlr_policy_gain_shared"] is None
     for unfit in ((None, 0.0), (1.021, 0.0), (1.0, 0.021), (1.0, float("nan"))):
         found = verdict(testbed, arms(LATENCIES, {"bottleneck": unfit}))

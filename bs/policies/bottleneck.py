@@ -11,7 +11,7 @@ time: pairs go by importance per time on the air, and that is weighed against th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import numpy as np
@@ -50,11 +50,15 @@ def select_bottleneck(routing: Routing, owner: Ints, row_ms: Latencies, policy: 
     """Choose the pairs to leave out."""
     model = context.model or linear_model(row_ms, len(routing.experts))
     importance = slot_importance(routing, policy, context)
-    allowance = policy.allowance(importance, context.block)
     device = owner[routing.experts]
     if len(device) == 1:
-        return _one_token(routing, device[0].tolist(), importance[0].tolist(), allowance, model, policy)
+        of_pair = importance[0] if device.shape[1] == 2 and device[0, 0] != device[0, 1] else None
+        of_pair = make_pairs(device, importance).importance[0] if of_pair is None else of_pair  # which costs more
+        costs, allowance = policy.costs(of_pair, importance, context)
+        return _one_token(routing, device[0].tolist(), costs.tolist(), allowance, model, policy)
     pairs = make_pairs(device, importance)
+    costs, allowance = policy.costs(pairs.importance, importance, context)
+    pairs = replace(pairs, importance=costs)
     drop = unload(routing.experts, pairs, droppable(pairs, policy.protect), allowance, model, len(owner))
     return plan_without(routing, pairs, drop, policy)
 
@@ -146,7 +150,7 @@ def _load(experts: Ints, pairs: Pairs, drop: Bools | None, model: LatencyModel, 
 def _one_token(
     routing: Routing,
     device: list[int],
-    importance: list[float],
+    costs: list[float],
     allowance: float,
     model: LatencyModel,
     policy: Bottleneck,
@@ -155,7 +159,7 @@ def _one_token(
     slots: dict[int, list[int]] = {}
     for slot, who in enumerate(device):
         slots.setdefault(who, []).append(slot)
-    value = {who: sum(importance[slot] for slot in mine) for who, mine in slots.items()}
+    value = {who: costs[mine[0]] for who, mine in slots.items()}  # of a pair, which stands at its lead
     protected = device[0] if policy.protect else None
     on_offer = sorted((who for who in slots if who != protected and value[who] <= allowance), key=lambda w: value[w])
     keep = np.ones(routing.experts.shape, np.bool_)

@@ -55,7 +55,7 @@ def select_capacity(routing: Routing, owner: Ints, row_ms: Latencies, policy: Ca
     cap = np.ceil(np.round(policy.factor * rows.sum() * speed / speed.sum(), 9)).clip(1).astype(np.int64)
     drop = _excess(pairs, droppable(pairs, policy.protect), rows - cap)
     drop = spare_last(pairs, drop)
-    drop = within_budget(drop, pairs.importance, policy.allowance(importance, context.block))
+    drop = within_budget(drop, *policy.costs(pairs.importance, importance, context))
     if policy.overflow == "drop" or not drop.any():
         return plan_without(routing, pairs, drop, policy)
     return _offer(routing, pairs, drop, owner, cap - rows, policy, context)

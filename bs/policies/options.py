@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
 from typing import Any
 
@@ -17,6 +18,14 @@ IMPORTANCE = ("weight", "norm")
 
 
 @dataclass(frozen=True, slots=True)
+class Sensitivity:
+    """What a block loses by what is left out in it; see `wdmoe.bs.sensitivity`."""
+
+    nats: float  # divergence from exact, of a token, for each squared importance
+    share: float  # of what all blocks may lose together
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
     """What a policy may know of a block beside the routing; what is not known is None."""
 
@@ -25,6 +34,7 @@ class Context:
     norms: Floats | None = None  # [n_experts], calibrated mean norm of each expert's output in this block
     holders: Bools | None = None  # [n_experts, n_devices], who has each expert; None: its owner alone
     probabilities: Floats | None = None  # [tokens, n_experts], the router's, over all experts
+    sensitivity: Mapping[str, Sensitivity] | None = None  # of this block, by kind of importance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +45,14 @@ class Options:
     protect: bool = False  # never leave out a token's top expert
     importance: str = "weight"  # of an expert for a token: its gate weight, or with `norm` times its calibrated norm
     budget: tuple[float, ...] = ()  # largest share of importance to leave out in a block: one, or one for each block
+    loss: float = math.inf  # nats that a token may lose by all blocks together, as calibrated; takes the budget's place
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
         require(self, "importance", self.importance in IMPORTANCE, f"one of {', '.join(IMPORTANCE)}")
         for share in self.budget:
             require(self, "budget", 0 <= share <= 1, "shares from 0 to 1", share)
+        require(self, "loss", self.loss >= 0, "at least 0 nats")
 
     def describe(self) -> str:
         """Name the policy with what differs from its defaults."""
@@ -68,6 +80,27 @@ class Options:
             raise ValueError(f"{policy_name(type(self))}: {len(self.budget)} budgets, but there is a block {block}")
         share = self.budget[block if len(self.budget) > 1 else 0]
         return share * float(importance.sum(dtype=np.float64))
+
+    def costs(self, pairs: Floats, importance: Floats, context: Context) -> tuple[Floats, float]:
+        """Return what each pair counts if it is left out, and how much all that is left out may count.
+
+        Args:
+            pairs: importance of each pair, in any shape.
+            importance: of all that the model chose, [tokens, k].
+            context: of the block.
+
+        Raises:
+            ValueError: a loss is given, but was never calibrated for this bundle.
+        """
+        if self.loss == math.inf:
+            return pairs, self.allowance(importance, context.block)
+        known = (context.sensitivity or {}).get(self.importance)
+        if known is None:
+            raise ValueError(
+                f"{self.describe()}: this bundle was not calibrated for loss= with importance={self.importance}; "
+                "run wdmoe-bs calibrate, or give a budget"
+            )
+        return np.float32(known.nats) * pairs * pairs, self.loss * known.share * len(importance)
 
 
 def policy_name(policy: type) -> str:

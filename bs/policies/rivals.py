@@ -49,7 +49,7 @@ def select_ser(routing: Routing, policy: Ser, context: Context) -> Plan:
     importance = slot_importance(routing, policy, context)
     drop = importance <= policy.t * importance[:, :1]
     drop[:, : policy.k_min] = False
-    keep = ~within_budget(drop, importance, policy.allowance(importance, context.block))
+    keep = ~within_budget(drop, *policy.costs(importance, importance, context))
     return Plan(keep, kept_weights(routing, keep, policy.renormalise))
 
 
@@ -64,7 +64,7 @@ def select_top_cut(routing: Routing, owner: Ints, policy: TopCut, context: Conte
         drop[:, 0] = False
     if pairs is not None:
         drop &= pairs.lead
-    drop = within_budget(drop, ranked, policy.allowance(importance, context.block))
+    drop = within_budget(drop, *policy.costs(ranked, importance, context))
     if pairs is not None:
         return plan_without(routing, pairs, drop, policy)
     return Plan(~drop, kept_weights(routing, ~drop, policy.renormalise))

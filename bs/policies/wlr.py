@@ -70,7 +70,7 @@ def select_wlr(routing: Routing, owner: Ints, row_ms: Latencies, policy: Wlr, co
         if gained or theta >= 1.0:
             break
         step += 1
-    drop = within_budget(drop, minor, policy.allowance(importance, context.block))
+    drop = within_budget(drop, *policy.costs(minor, importance, context))
     keep = ~(drop[:, None] & (owner[routing.experts] == smallest[:, None]))
     stopped = "gain reached" if gained else "theta at its end"
     return Plan(keep, kept_weights(routing, keep, policy.renormalise), theta, stopped)
@@ -101,7 +101,8 @@ def _one_token(
         gained = left > policy.gamma * sum(each.values())
         theta = theta if gained else 1.0
     stopped = "gain reached" if gained else "theta at its end"
-    if not drop or float(pairs[0, minor]) > policy.allowance(importance, context.block):
+    cost, allowance = policy.costs(pairs[:, minor], importance, context)
+    if not drop or float(cost[0]) > allowance:
         return Plan(np.ones((1, 2), np.bool_), routing.weights, theta, stopped)
     keep = np.array([[first != minor, second != minor]])
     return Plan(keep, kept_weights(routing, keep, policy.renormalise), theta, stopped)
