@@ -13,6 +13,8 @@ from wdmoe.runtime.keys import default_keys_dir
 from wdmoe.runtime.links import is_loopback
 from wdmoe.runtime.messages import Wire
 
+InFlight = int | Literal["auto"]  # auto: as many as keep the busiest of stages, links and devices at work
+
 
 @dataclass(frozen=True, slots=True)
 class StationConfig:
@@ -25,7 +27,7 @@ class StationConfig:
     keys: Path = field(default_factory=default_keys_dir)
     wire: Wire = "fp16"
     threads: int = os.cpu_count() or 1
-    in_flight: int = 1  # microbatches; more raises throughput over slow links, and the latency of each question
+    in_flight: InFlight = 1  # microbatches; more raises throughput over slow links, and the latency of each question
     batch: int = 1  # questions in a microbatch; more raises throughput, and the latency of each question
     wait_s: float = 60.0
     bs_holds: str = "none"  # experts the base station may hold for when a device is lost: a number, all, none
@@ -40,7 +42,7 @@ class StationConfig:
         if self.insecure and self.encrypt:
             raise ValueError("--insecure and --encrypt contradict each other")
         for name in ("threads", "in_flight", "batch"):
-            if (value := getattr(self, name)) < 1:
+            if (value := getattr(self, name)) != "auto" and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
         if not self.wait_s > 0:
             raise ValueError(f"--wait is {self.wait_s}, expected more than 0 seconds")

@@ -34,6 +34,7 @@ class Record:
     name: str
     tokens: int
     questions: int = 1  # in the microbatch; each of them took as long as it
+    in_flight: int = 1  # microbatches on their way when it set out, itself included
     latency_ms: float = 0.0
     bs_ms: float = 0.0  # stages, routing, selecting, packing, combining; without the shared experts
     shared_ms: float = 0.0  # the shared experts
@@ -66,6 +67,7 @@ class Summary:
     wire_error: float | None  # what int8 rows lost on their way down, root mean square, relative
     theta_mean: float | None  # of the final thetas, over blocks and microbatches
     theta_stops: dict[str, int]  # why it stopped, how often
+    in_flight_p50: float = 1.0  # microbatches on their way when one set out, itself included
 
     @property
     def dropped_share(self) -> float:
@@ -110,4 +112,5 @@ def summarise(records: Sequence[Record]) -> Summary:
         wire_error=float(np.sqrt(np.mean(np.square(errors)))) if errors else None,
         theta_mean=float(np.mean(thetas)) if thetas else None,
         theta_stops=stops,
+        in_flight_p50=float(np.median([record.in_flight for record in records])),
     )
