@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from wdmoe.bs.config import StationConfig
+from wdmoe.bs.config import InFlight, StationConfig
 from wdmoe.runtime.errors import WdmoeError
 
 if TYPE_CHECKING:
@@ -113,6 +113,15 @@ def data_dir_option(function: AnyFunction) -> AnyFunction:
     )
 
 
+def read_in_flight(context: click.Context, parameter: click.Parameter, text: str) -> InFlight:
+    """Read a number of microbatches, or auto."""
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise click.BadParameter(f"{text!r} is no number of microbatches; expected 1 or more, or auto")
+    return int(text)
+
+
 def throughput_options(function: AnyFunction) -> AnyFunction:
     """Add --batch and --in-flight."""
     return _with_options(
@@ -125,9 +134,11 @@ def throughput_options(function: AnyFunction) -> AnyFunction:
         ),
         click.option(
             "--in-flight",
-            type=click.IntRange(min=1),
-            default=DEFAULTS.in_flight,
-            help="Microbatches at a time: more raises throughput over slow links.",
+            callback=read_in_flight,
+            default=str(DEFAULTS.in_flight),
+            metavar="N|auto",
+            help="Microbatches at a time: more raises throughput over slow links, and the latency of each question; auto: as "
+            "many as keep the busiest of stages, links and devices at work. 1 is best for the latency of one.",
         ),
     )
 

@@ -15,6 +15,7 @@ from wdmoe.runtime.links import is_loopback
 from wdmoe.runtime.messages import Wire
 
 StagesOn = Literal["cpu", "cuda", "auto"]
+InFlight = int | Literal["auto"]  # auto: as many as keep the busiest of stages, links and devices at work
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class StationConfig:
     wire: Wire = "fp16"
     threads: int = os.cpu_count() or 1
     stages_on: StagesOn = "cpu"
-    in_flight: int = 1  # microbatches; more raises throughput over slow links, and the latency of each question
+    in_flight: InFlight = 1  # microbatches; more raises throughput over slow links, and the latency of each question
     batch: int = 1  # questions in a microbatch; more raises throughput, and the latency of each question
     wait_s: float = 60.0
     bs_holds: str = "none"  # experts the base station may hold for when a device is lost: a number, all, none
@@ -46,7 +47,7 @@ class StationConfig:
         if self.insecure and self.encrypt:
             raise ValueError("--insecure and --encrypt contradict each other")
         for name in ("threads", "in_flight", "batch"):
-            if (value := getattr(self, name)) < 1:
+            if (value := getattr(self, name)) != "auto" and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
         if not self.wait_s > 0:
             raise ValueError(f"--wait is {self.wait_s}, expected more than 0 seconds")

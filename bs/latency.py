@@ -14,6 +14,7 @@ from wdmoe.profiles.device_profile import DeviceProfile, interpolate
 
 _WINDOW = 33  # measurements the correction is the median of: robust, and quick to follow a change
 _CORRECTION_RANGE = (0.05, 50.0)
+_ROWS_THAT_TELL = 16  # of a request, from which its time on the air says something of the link's rate
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,8 @@ class LatencyTracker:
     profile: DeviceProfile
     round_trip_ms: float = 0.0
     ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
+    compute_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))  # the same, computing alone
+    rows_air_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))  # a row there and back, measured
     _model: DeviceLatency | None = None
 
     def observe_round_trip(self, measured_ms: float) -> None:
@@ -71,13 +74,36 @@ class LatencyTracker:
         self.round_trip_ms = min(self.round_trip_ms, measured_ms) if self.round_trip_ms else measured_ms
         self._model = None
 
-    def observe_request(self, counts: Sequence[int], measured_ms: float, rows: int | None = None) -> None:
-        """Take what a request really took; see `DeviceLatency.request_ms`."""
+    def observe_request(
+        self, counts: Sequence[int], measured_ms: float, rows: int | None = None, compute_ms: float | None = None
+    ) -> None:
+        """Take what a request really took, and what of it the device says it computed; see `DeviceLatency.request_ms`."""
         uncorrected = replace(self.model(), correction=1.0).request_ms(counts, rows)
         if uncorrected > 0:
             low, high = _CORRECTION_RANGE
             self.ratios.append(min(high, max(low, measured_ms / uncorrected)))
+            if compute_ms is not None:
+                self._observe_parts(counts, measured_ms, rows or sum(counts), compute_ms)
             self._model = None
+
+    def _observe_parts(self, counts: Sequence[int], measured_ms: float, rows: int, compute_ms: float) -> None:
+        low, high = _CORRECTION_RANGE
+        predicted_ms = replace(self.model(), correction=1.0, round_trip_ms=0.0, row_link_ms=0.0).request_ms(counts)
+        self.compute_ratios.append(min(high, max(low, compute_ms / predicted_ms)))
+        if rows >= _ROWS_THAT_TELL:
+            self.rows_air_ms.append(max(0.0, measured_ms - compute_ms - self.round_trip_ms) / rows)
+
+    def parts_ms(self, counts: Sequence[int], rows: int) -> tuple[float, float]:
+        """Predict how long a request is on the air, there and back, and how long the device computes it.
+
+        Where the link's rate is not known, the quarter of requests that were least disturbed tells it: of the others, some
+        waited for the air behind each other.
+        """
+        row_air_ms = self.profile.row_link_ms
+        if not row_air_ms and self.rows_air_ms:
+            row_air_ms = sorted(self.rows_air_ms)[len(self.rows_air_ms) // 4]
+        compute_ms = sum(interpolate(self.model().curve, count) for count in counts)
+        return rows * row_air_ms, compute_ms * (median(self.compute_ratios) if self.compute_ratios else 1.0)
 
     def model(self) -> DeviceLatency:
         """Return the model as it stands now."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from wdmoe.bs.airtime import Medium, latency_model
+from wdmoe.bs.config import InFlight
 from wdmoe.bs.dispatch import Shipment, relative_error, shipments_of
 from wdmoe.bs.fleet import BS_HOLDS, NOBODY
 from wdmoe.bs.held import HeldExperts
@@ -23,6 +24,7 @@ from wdmoe.bs.importance import norms_of_text
 from wdmoe.bs.latency import DeviceLatency, row_ms
 from wdmoe.bs.microbatch import Microbatch, Result
 from wdmoe.bs.offload import take_over
+from wdmoe.bs.pacing import STAGES_BUSY, Cost, Pacing, Request, cost_of_block
 from wdmoe.bs.policies import Context, Exact, Policy, RoundRobin, select
 from wdmoe.bs.records import BlockRecord, Record
 from wdmoe.bs.requests import Requests, Want, lost_share
@@ -158,13 +160,17 @@ class Pipeline:
         self.requests = Requests(hub, held, self._run_held, trace)
         self._flights: list[Flight] = []
         self._landed: list[Flight] = []
+        self.pacing = Pacing()
+        self._uncosted: list[tuple[float, list[Shipment]]] = []  # steps, how long each took, that pacing does not know
         self._known_workers: dict[tuple[int, bool, bool], Workers] = {}  # while nobody comes, goes or fails
         self._known_at = self._served_at = (-1, -1)
 
     def run(
-        self, microbatches: Iterable[Microbatch], policy: Policy, in_flight: int = 1
+        self, microbatches: Iterable[Microbatch], policy: Policy, in_flight: InFlight = 1
     ) -> Iterator[tuple[int, Result, Record]]:
         """Run microbatches, at most `in_flight` at a time; yield number, result and record of each as it is done.
+
+        `auto` begins with one and follows what blocks turn out to cost; see `pacing.py`.
 
         Raises:
             DeviceTimeout, DeviceFailed, DevicesMissing: a device that is needed is lost; the others are left usable.
@@ -174,7 +180,7 @@ class Pipeline:
         exhausted = False
         try:
             while True:
-                while not exhausted and len(self._flights) < in_flight:
+                while not exhausted and len(self._flights) < self._limit(in_flight):
                     if (numbered := next(source, None)) is None:
                         exhausted = True
                     else:
@@ -191,6 +197,7 @@ class Pipeline:
             self._worker.abandon()  # it may be writing into a cache that the next run reads
             self._flights.clear()
             self._landed.clear()
+            self._uncosted.clear()
 
     @property
     def stages_on(self) -> str:
@@ -224,6 +231,7 @@ class Pipeline:
             self._trace.add(LOOP, "send", started_s, self._hub.clock.now_s())
         self.requests.on_events(events)
         self.requests.check()  # while what was just sent is on its way
+        self._learn()
         if not events and not self._worker.due():
             wait_s = min(1.0, self.requests.next_check_s() - self._hub.clock.now_s())
             self.requests.on_events(self._hub.turn(max(0.0, wait_s)))
@@ -236,6 +244,31 @@ class Pipeline:
                 self._on_held(outcome, done.took_s * 1e3)
             elif flight is not None and flight in self._flights:
                 self._on_computed(flight, outcome, done.took_s * 1e3, policy)
+
+    def _limit(self, in_flight: InFlight) -> int:
+        """Say how many microbatches there may be now."""
+        return self.pacing.in_flight if in_flight == "auto" else in_flight
+
+    def _learn(self) -> None:
+        """Let pacing know what the last steps cost; while what they sent is on its way."""
+        for step_ms, shipments in self._uncosted:
+            self.pacing.note(cost_of_block(step_ms, self._asked(shipments), self._medium_of(shipments)))
+        self._uncosted.clear()
+
+    def _asked(self, shipments: Sequence[Shipment]) -> list[Request]:
+        """Predict what devices are asked for, each by its part."""
+        asked: list[Request] = []
+        for shipment in shipments:
+            if (device := self._hub.devices.get(shipment.device)) is not None:
+                air_ms, compute_ms = device.latency.parts_ms(shipment.request.counts, shipment.request.rows)
+                asked.append(Request(device.name, air_ms, compute_ms, device.latency.round_trip_ms))
+        return asked
+
+    def _medium_of(self, shipments: Sequence[Shipment]) -> Medium:
+        """Say what the links are; emulated devices of a live run tell whether they share a channel."""
+        devices = [self._hub.devices[s.device] for s in shipments if s.device in self._hub.devices]
+        emulated = [device.latency.profile.emulated for device in devices]
+        return "shared" if any(what is not None and what.shared for what in emulated) else self._medium
 
     def _recover(self, policy: Policy) -> None:
         """Probe what was blocked in an earlier run, and wait for the answers if it is needed."""
@@ -254,7 +287,8 @@ class Pipeline:
     def _depart(self, number: int, microbatch: Microbatch, policy: Policy) -> None:
         now_s = self._hub.clock.now_s()
         prepared = self._stages.prepare(microbatch)
-        record = Record(microbatch.name, len(microbatch.token_ids), microbatch.questions)
+        in_flight = len(self._flights) + 1
+        record = Record(microbatch.name, len(microbatch.token_ids), microbatch.questions, in_flight)
         flight = Flight(number, microbatch, prepared, now_s, record)
         self._flights.append(flight)
         self._submit_step(flight, None, policy)
@@ -268,6 +302,7 @@ class Pipeline:
                 flight.result = outcome
                 flight.record.bs_ms += took_ms
                 flight.record.latency_ms = (now_s - flight.started_s) * 1e3
+                self._uncosted.append((took_ms, []))
                 self._flights.remove(flight)
                 self._landed.append(flight)
             case Dispatched():
@@ -277,6 +312,7 @@ class Pipeline:
                 flight.record.blocks.append(outcome.record)
                 flight.stage_done_s = now_s
                 self._ask(flight, outcome, policy)
+                self._uncosted.append((took_ms, outcome.shipments))
                 if self._model.shared_expert:
                     # Runs while the rows are on the air.
                     block, hidden = flight.block, outcome.hidden
@@ -285,6 +321,7 @@ class Pipeline:
             case Shared(rows=rows):
                 flight.shared_ms = took_ms
                 flight.record.shared_ms += took_ms
+                self.pacing.note(Cost(0.0, {STAGES_BUSY: took_ms}))  # while the rows are on the air
                 flight.shared, flight.shared_pending = rows, False
                 flight.stage_done_s = now_s
                 self._continue_if_complete(flight, policy)

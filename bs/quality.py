@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.bs.config import InFlight
 from wdmoe.bs.evaluation import Evaluation, LoadedTask, PairedDifference, evaluate, paired_difference, pooled_difference
 from wdmoe.bs.microbatch import Result, answers_of, in_batches, pack_questions
 from wdmoe.bs.pipeline import Pipeline
@@ -267,7 +268,7 @@ def measure_quality(
     *,
     max_length: int,
     window: int | None,
-    in_flight: int = 1,
+    in_flight: InFlight = 1,
     batch: int = 1,
     limit: int | None = None,
     prefix_token_id: int | None = None,

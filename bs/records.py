@@ -56,6 +56,7 @@ class Record:
     name: str
     tokens: int
     questions: int = 1  # in the microbatch; each of them took as long as it
+    in_flight: int = 1  # microbatches on their way when it set out, itself included
     latency_ms: float = 0.0
     bs_ms: float = 0.0  # stages, routing, selecting, packing, combining; without the shared experts
     shared_ms: float = 0.0  # the shared experts
@@ -108,6 +109,7 @@ class Summary:
     devices: tuple[DeviceSummary, ...]  # by name
     bs_rows: int = 0  # of the pairs that were not dropped, those that the base station ran itself
     bs_experts_ms: float = 0.0  # mean per question, what it took for them
+    in_flight_p50: float = 1.0  # microbatches on their way when one set out, itself included
 
     @property
     def dropped_share(self) -> float:
@@ -168,6 +170,7 @@ def summarise(records: Sequence[Record]) -> Summary:
         devices=tuple(_summarise_device(name, records) for name in sorted({n for r in records for n in r.devices})),
         bs_rows=sum(block.bs_rows for block in blocks),
         bs_experts_ms=sum(block.bs_experts_ms for block in blocks) / questions,
+        in_flight_p50=float(np.median([record.in_flight for record in records])),
     )
 
 

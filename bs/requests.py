@@ -84,6 +84,7 @@ class Answer:
     counts: tuple[int, ...]  # rows of each expert called
     rows: int
     took_ms: float  # without what it waited behind other requests, which says nothing about the device
+    compute_ms: float  # as the device reports
 
 
 RunHeld = Callable[[ExpertRequest, Rows, BlockRecord, Callable[[Rows], None]], None]
@@ -212,7 +213,7 @@ class Requests:
         if self._trace is not None:
             times_s = (pending.sent_s, now_s, header.queue_us / 1e6, header.compute_us / 1e6)
             self._trace.replies.append(Reply(name, request.block, want.name, *times_s))
-        self._answers.append(Answer(name, request.counts, request.rows, took_ms))
+        self._answers.append(Answer(name, request.counts, request.rows, took_ms, header.compute_us / 1e3))
         want.record.bytes_up += message_bytes(message)
         compute_ms, queue_ms = header.compute_us / 1e3, header.queue_us / 1e3
         air_ms = took_ms - compute_ms
@@ -277,7 +278,7 @@ class Requests:
         """Let the answers that came correct what is thought of their devices."""
         for answer in self._answers:
             if (device := self._hub.devices.get(answer.device)) is not None:
-                device.latency.observe_request(answer.counts, answer.took_ms, answer.rows)
+                device.latency.observe_request(answer.counts, answer.took_ms, answer.rows, answer.compute_ms)
                 self.fleet.on_good_answer(answer.device, device.latency.model().correction)
         self._answers.clear()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from wdmoe.bs.config import InFlight
 from wdmoe.bs.microbatch import answers_of, in_batches, pack_questions
 from wdmoe.bs.pipeline import Pipeline
 from wdmoe.bs.policies import Policy
@@ -14,7 +15,9 @@ from wdmoe.bs.records import Record
 class DistributedScorer:
     """A `Scorer` over the pipeline, under one policy; keeps a record of every microbatch."""
 
-    def __init__(self, pipeline: Pipeline, policy: Policy, in_flight: int, window: int | None, batch: int = 1) -> None:
+    def __init__(
+        self, pipeline: Pipeline, policy: Policy, in_flight: InFlight, window: int | None, batch: int = 1
+    ) -> None:
         self.records: list[Record] = []
         self._pipeline = pipeline
         self._policy = policy

@@ -158,8 +158,10 @@ def open_virtual_station(config: StationConfig, virtual: VirtualConfig, say: Say
 
     Raises:
         WdmoeError: the bundle is damaged or has no device folders, or a slice does not fit its emulated device.
-        ValueError: there are not as many devices as device folders.
+        ValueError: there are not as many devices as device folders, or options contradict each other.
     """
+    if config.in_flight == "auto" and virtual.bandwidth == "per-block":
+        raise ValueError("--bandwidth per-block divides the band among the microbatches; give --in-flight a number")
     folder = bs_folder(config.bundle)
     manifest = read_manifest(folder, BsManifest)
     verify_files(folder, manifest)
@@ -197,7 +199,7 @@ def open_virtual_station(config: StationConfig, virtual: VirtualConfig, say: Say
         {device.name: device for device in devices},
         {device.name: profile for device, profile in zip(devices, virtual.profiles, strict=True)},
         2.0 * (virtual.cost_shape.d_model if virtual.cost_shape is not None else manifest.model.d_model),
-        config.in_flight,
+        config.in_flight if config.in_flight != "auto" else 1,  # it matters only with bandwidth for each block
         virtual.bandwidth == "per-block",
     )
     pipeline = Pipeline(

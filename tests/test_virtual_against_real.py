@@ -22,6 +22,7 @@ def test_both_clocks_answer_the_same_rows() -> None:
     result = json.loads(done.stdout)
     exact = result["policies"]["exact"]
     assert len(exact["real_ms"]) == len(exact["virtual_ms"]) == 2 and exact["dropped"] == [0, 0]
+    assert exact["disturbed"] == (exact["others_cpu_share"] > 0.05)
     assert result["max_relative_error"] == abs(exact["relative_error"])
     # A real run is never earlier than its devices are emulated to be, but for what loopback took less than measured.
     assert exact["virtual_total_ms"] < 1.15 * exact["real_total_ms"]

@@ -5,7 +5,8 @@
 Real: three `wdmoe-device --emulate` processes on loopback, each on a third of a band, and the base station's own clock.
 Virtual: the same devices, links, rows and policy in one process; a stage is declared to take what the stages of the real
 run took on average. The bar: total latency of the rows of each policy within 10 % (`max_relative_error`). It needs a
-machine with a core to spare; where others take it (`others_cpu_share`), real replies are late.
+machine with a core to spare; where others take it (`others_cpu_share`, of each policy's real run and of all), real replies are
+late, and a policy that is `disturbed` says nothing about virtual time.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "tests"), str(ROOT)]
 from processes import command, exit_on_sigterm, free_address, stop
 
-from scripts.bench._environment import CpuUse, environment, progress, write_json
+from scripts.bench._environment import OTHERS_LIMIT, CpuUse, environment, progress, write_json
 from scripts.bench._system import DeviceProcess, Devices
 from scripts.bench.testbed import CONFIG, Testbed, placed_bundle, read_testbed
 from wdmoe.bs.config import StationConfig, VirtualConfig
@@ -45,7 +46,7 @@ BAR = 0.10
 @click.option("--data-dir", type=click.Path(path_type=Path, exists=True))
 @click.option("--dataset", default="piqa-sample", show_default=True)
 @click.option("--rows", type=int, default=20, show_default=True)
-@click.option("--policy", "policies", multiple=True, help="Instead of exact and the testbed's.")
+@click.option("--policy", "policies", multiple=True, help="Instead of exact, round-robin and the testbed's.")
 @click.option("--model", help="Instead of the testbed's; tiny: a random one.")
 @click.option("--efficiency", default="6:4:2", show_default=True, help="Of the testbed's.")
 def main(
@@ -60,14 +61,16 @@ def main(
     """Compare virtual time with wall time; exit code 1 if a policy's total latency differs by more than the bar."""
     exit_on_sigterm()
     testbed = read_testbed(CONFIG)
-    names = policies or ("exact", *testbed.policies)
+    names = policies or tuple(dict.fromkeys(("exact", "round-robin", *testbed.policies)))
     task = load_task(dataset, data_dir)
     found: dict[str, Any] = {}
     use = CpuUse()
     with placed_bundle(model or testbed.model, testbed) as bundle:
         arm = testbed.arm(efficiency, "uniform")
         for name in names:
+            meanwhile = CpuUse()
             real = real_records(bundle, testbed, arm, name, task, rows)
+            others = meanwhile.since()["others_cpu_share"]
             stages = sum(len(record.blocks) + 1 for record in real)
             stage_ms = sum(record.bs_ms for record in real) / stages
             virtual = virtual_records(bundle, testbed, replace(arm, stage_ms=stage_ms), name, task, rows)
@@ -77,6 +80,8 @@ def main(
                 "virtual_total_ms": totals[1],
                 "relative_error": totals[1] / totals[0] - 1,
                 "stage_ms": stage_ms,
+                "others_cpu_share": others,  # while it was run for real
+                "disturbed": others is not None and others > OTHERS_LIMIT,
                 "real_ms": [record.latency_ms for record in real],
                 "virtual_ms": [record.latency_ms for record in virtual],
                 "dropped": [sum(b.pairs - b.sent for r in records for b in r.blocks) for records in (real, virtual)],
