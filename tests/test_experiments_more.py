@@ -1,0 +1,58 @@
+"""Experiments 4, 5, 6, 8 and 9 in their short forms, on a tiny random model: they run, and say what their values say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "scripts" / "experiments"
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the experiments share."""
+    return tmp_path_factory.mktemp("work")
+
+
+def run_short(name: str, work: Path, *options: str) -> dict[str, Any]:
+    """Run one; return its values, with the finding among them."""
+    pytest.importorskip("matplotlib", reason="needs the extra `eval`")
+    json_path, plot = work / f"{name}.json", work / f"{name}.png"
+    line = [sys.executable, str(FOLDER / f"{name}.py"), "--short", "--model", "tiny", "--work", str(work)]
+    line += ["--json", str(json_path), "--plot", str(plot), *options]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(json_path.read_bytes())
+    assert plot.stat().st_size > 10_000 and "modelled" in result["origin"]
+    assert result["finding"] == done.stdout.strip() and "nan" not in result["finding"]
+    found: dict[str, Any] = {**result["values"], "finding": result["finding"]}
+    return found
+
+
+def test_scale_marks_what_does_not_fit_and_processes_answer_as_the_model(work: Path) -> None:
+    found = run_short("e04_scale", work)
+    live = found["live"]
+    assert live["equal"] and live["largest_difference"] < 1e-3 and live["wall_ms_a_row"] > 0
+    for medium in ("shared", "uniform", "per-block"):
+        for name, points in found["scale"][medium].items():
+            assert [point["devices"] for point in points] == [2, 8, 24]
+            for point in points:
+                low, high = point["gain"][1:]
+                assert low <= point["gain"][0] <= high
+                assert name != "exact" or point["gain"] == [0, 0, 0]
+    # Two devices hold four experts each; a thousand would hold one, and share out the band in a thousand parts.
+    assert found["scale"]["uniform"]["exact"][0]["experts_per_device"] == 4
+    assert (
+        found["scale"]["uniform"]["exact"][-1]["latency_mean_ms"]
+        > found["scale"]["per-block"]["exact"][-1]["latency_mean_ms"]
+    )
+    assert found["copies"]["shared"]["exact"][-1]["copies"] == 4
+    assert "3 device processes" in found["finding"]
