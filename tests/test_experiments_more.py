@@ -56,3 +56,12 @@ def test_scale_marks_what_does_not_fit_and_processes_answer_as_the_model(work: P
     )
     assert found["copies"]["shared"]["exact"][-1]["copies"] == 4
     assert "3 device processes" in found["finding"]
+
+
+def test_perception_says_who_keeps_up_with_reading(work: Path) -> None:
+    found = run_short("e08_perception", work)
+    assert found["reading_ms_a_token"] == pytest.approx(60e3 / 238 / found["tokens_per_word"])
+    cable, radio = (found["links"][link]["exact"] for link in ("ethernet-1g", "wifi-5ghz-mid"))
+    assert cable["token"][0] < radio["token"][0] and cable["first"][0] < radio["first"][0]
+    assert all(page_s > first_s for page_s in radio["page_s"] for first_s in radio["first_s"])
+    assert "Exact keeps up with reading on" in found["finding"]
