@@ -65,3 +65,19 @@ def test_perception_says_who_keeps_up_with_reading(work: Path) -> None:
     assert cable["token"][0] < radio["token"][0] and cable["first"][0] < radio["first"][0]
     assert all(page_s > first_s for page_s in radio["page_s"] for first_s in radio["first_s"])
     assert "Exact keeps up with reading on" in found["finding"]
+
+
+def test_sets_are_compared_with_exact_row_by_row(work: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+    found = run_short("e05_sets", work)
+    ((_, by_policy),) = found["sets"].items()
+    assert by_policy["exact"]["difference_points"] == [0, 0, 0] and by_policy["exact"]["latency_over_exact"] == [
+        1,
+        1,
+        1,
+    ]
+    assert by_policy["wlr"]["latency_over_exact"][0] < 1
+    assert found["pooled"]["exact"]["rows"] == 3
+    chat = found["texts"]["chat"]
+    assert chat["exact"]["over_exact"] == [1, 1, 1] and 4 < chat["exact"]["bits_per_byte"][0] < 20  # a random model
+    assert chat["wlr"]["more_than_exact"][0] != 0

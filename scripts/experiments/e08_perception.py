@@ -226,7 +226,8 @@ def draw(values: Values, figure: Figure) -> None:
         f"reading pace, {1e3 * reading_s:.0f} ms", (0.01, reading_s), xycoords=("axes fraction", "data"), xytext=(0, 2),
         textcoords="offset points", fontsize=7, color="#555555",
     )  # fmt: skip
-    axes[0].set_ylim(0.05, max(15.0, axes[0].get_ylim()[1]))
+    low, high = axes[0].get_ylim()
+    axes[0].set_ylim(min(0.05, low), max(20.0, high))
     axes[1].legend(fontsize=7, loc="lower right")
 
 
