@@ -81,3 +81,13 @@ def test_sets_are_compared_with_exact_row_by_row(work: Path) -> None:
     chat = found["texts"]["chat"]
     assert chat["exact"]["over_exact"] == [1, 1, 1] and 4 < chat["exact"]["bits_per_byte"][0] < 20  # a random model
     assert chat["wlr"]["more_than_exact"][0] != 0
+
+
+def test_rows_give_tokens_away_and_noise_hides_them_at_a_price(work: Path) -> None:
+    found = run_short("e09_privacy", work)
+    clear, loud = found["ways"]["float16"], found["ways"]["noise 1"]
+    assert clear["perplexity_ratio"] == [1, 1, 1] and loud["perplexity_ratio"][0] != 1
+    # The embeddings of the tiny model are random, and its first rows are nearly they.
+    assert clear["recovered"][0][0] > 0.9 > loud["recovered"][0][0]
+    assert clear["recovered"][0][0] > found["most_common_token"]
+    assert len(found["share_of_rows"]) == 3 and all(0 < share <= 1 for share in found["share_of_rows"])
