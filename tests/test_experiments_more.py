@@ -91,3 +91,16 @@ def test_rows_give_tokens_away_and_noise_hides_them_at_a_price(work: Path) -> No
     assert clear["recovered"][0][0] > 0.9 > loud["recovered"][0][0]
     assert clear["recovered"][0][0] > found["most_common_token"]
     assert len(found["share_of_rows"]) == 3 and all(0 < share <= 1 for share in found["share_of_rows"])
+
+
+def test_troubles_show_where_they_are_planted(work: Path) -> None:
+    found = run_short("e06_robustness", work)
+    plain, noisy = (found["gate"][what]["exact"]["nats"] for what in ("as it is", "noise 1"))
+    assert plain != noisy  # what the router says was changed
+    for what, known in (("half as fast", "told"), ("twice as fast", "not corrected")):
+        assert found["profile"][what][known]["bottleneck"]["latency_over_exact"][0] <= 1.001
+    half, twice = (found["profile"][what]["told"]["wlr"]["latency_ms"] for what in ("half as fast", "twice as fast"))
+    assert min(half) > max(twice) * 0.9 and sum(half) > sum(twice)
+    exact = found["slow_down"]["exact"]
+    assert exact["corrected"] == exact["not corrected"]  # it looks at no latency
+    assert min(exact["corrected"][2:]) > 1.05 * max(exact["corrected"][:2])  # a device became slower between them

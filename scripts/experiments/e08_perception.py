@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -69,7 +69,7 @@ def measure(settings: Settings) -> Values:
     found: Values = {}
     for link in links:
         # A cable is full duplex, and each device has its own; what is on WiFi shares the channel.
-        channel = "shared" if modelled_link(link).half_duplex else "orthogonal"
+        channel: Literal["shared", "orthogonal"] = "shared" if modelled_link(link).half_duplex else "orthogonal"
         arm = VirtualConfig(
             TESTBED.devices, (link,), channel, None, TESTBED.shape, TESTBED.cost_precision, TESTBED.stage_ms
         )
