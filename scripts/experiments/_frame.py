@@ -180,6 +180,17 @@ def spell(interval: Sequence[float], form: str = ".3f", unit: str = "") -> str:
 
 
 __all__ = [
-    "ROOT", "Interval", "Settings", "Values", "bootstrap", "colour_of", "error_bars", "exit_on_sigterm", "experiment", "progress",
-    "ratio_of_sums", "spell", "write_whole",
-]  # fmt: skip
+    "ROOT",
+    "Interval",
+    "Settings",
+    "Values",
+    "bootstrap",
+    "colour_of",
+    "error_bars",
+    "exit_on_sigterm",
+    "experiment",
+    "progress",
+    "ratio_of_sums",
+    "spell",
+    "write_whole",
+]
