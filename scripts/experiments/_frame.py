@@ -24,6 +24,7 @@ sys.path += [path for path in (str(ROOT / "tests"), str(ROOT)) if path not in sy
 from processes import exit_on_sigterm
 
 from scripts.bench._environment import environment, progress
+from wdmoe.runtime.errors import WdmoeError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,7 +89,10 @@ def experiment(
     def command(json_path: Path | None, plot: Path | None, **told: Any) -> None:
         exit_on_sigterm()
         settings = Settings(**told)
-        values = json.loads(json.dumps(measure(settings), allow_nan=False))
+        try:
+            values = json.loads(json.dumps(measure(settings), allow_nan=False))
+        except WdmoeError as error:
+            raise click.ClickException(str(error)) from error
         result = {
             "experiment": module.stem,
             "title": title,

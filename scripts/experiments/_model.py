@@ -45,6 +45,7 @@ from wdmoe.export.calibration import calibrate_bundle
 from wdmoe.export.models import find_checkpoint
 from wdmoe.profiles.link_profile import modelled_link
 from wdmoe.profiles.modelled import modelled_profile
+from wdmoe.runtime.errors import DataError
 
 TESTBED = read_testbed(CONFIG)
 SAMPLE = ROOT / "bs" / "data" / "piqa-sample.jsonl"
@@ -58,7 +59,7 @@ def texts(settings: Settings) -> dict[str, str]:
     if settings.data_dir is not None:
         files = sorted((settings.data_dir / "corpus").glob("*.txt"))
         if not files:
-            raise ValueError(f"{settings.data_dir} has no corpus/*.txt; leave --data-dir out for the bundled questions")
+            raise DataError(f"{settings.data_dir} has no corpus/*.txt; leave --data-dir out for the bundled questions")
         return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in files}
     rows = [json.loads(line) for line in SAMPLE.read_text().splitlines()]
     return {"piqa-sample": "\n\n".join(f"Question: {row['goal']}\nAnswer: {row['sol1']}" for row in rows)}
