@@ -79,7 +79,8 @@ def sites(recorded: Trace) -> dict[str, Site]:
 def without_fading(site: Site) -> LatencyModel:
     """Return the model of a cell's devices where they are, at the rates without fading: what static shares can know."""
     down, up = Cell(replace(CELL, fading=False), site.model.n_devices, 0).efficiencies()
-    return site.model.with_rates(*(site.row_bits / (rate * CELL.mhz * 1e3) for rate in (down, up)))
+    bits_per_ms = CELL.mhz * 1e3  # at 1 bit/s/Hz
+    return site.model.with_rates(site.row_bits / (down * bits_per_ms), site.row_bits / (up * bits_per_ms))
 
 
 def finding(values: Values) -> str:
