@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ sys.path += [path for path in (str(ROOT / "tests"), str(ROOT)) if path not in sy
 from processes import exit_on_sigterm
 
 from scripts.bench._environment import environment, progress
+from wdmoe.runtime.errors import WdmoeError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,6 +43,8 @@ COLOURS = {
     "capacity": "#4477aa",
     "bottleneck": "#117733",
 }  # of policies, the same in every plot
+
+_PLOT_COLOURS = 96
 
 Values = dict[str, Any]  # what JSON can hold
 Interval = tuple[float, float, float]  # value, and the ends of its 95 % interval
@@ -88,7 +92,10 @@ def experiment(
     def command(json_path: Path | None, plot: Path | None, **told: Any) -> None:
         exit_on_sigterm()
         settings = Settings(**told)
-        values = json.loads(json.dumps(measure(settings), allow_nan=False))
+        try:
+            values = json.loads(json.dumps(measure(settings), allow_nan=False))
+        except WdmoeError as error:
+            raise click.ClickException(str(error)) from error
         result = {
             "experiment": module.stem,
             "title": title,
@@ -132,11 +139,14 @@ def new_figure() -> Figure:
 
 
 def save_plot(figure: Figure, path: Path) -> None:
-    """Write a figure, whole or not at all, with nothing in it of when and by what."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    figure.savefig(partial, dpi=110, metadata={"Software": None} if path.suffix == ".png" else None)
-    partial.replace(path)
+    """Write a figure as PNG of a few colours, small and with nothing in it of when and by what; whole or not at all."""
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
+    small = io.BytesIO()
+    Image.open(drawn).convert("RGB").quantize(_PLOT_COLOURS).save(small, format="png", optimize=True)
+    write_whole(path, small.getvalue())
 
 
 def colour_of(policy: str) -> str:
@@ -180,6 +190,17 @@ def spell(interval: Sequence[float], form: str = ".3f", unit: str = "") -> str:
 
 
 __all__ = [
-    "ROOT", "Interval", "Settings", "Values", "bootstrap", "colour_of", "error_bars", "exit_on_sigterm", "experiment", "progress",
-    "ratio_of_sums", "spell", "write_whole",
-]  # fmt: skip
+    "ROOT",
+    "Interval",
+    "Settings",
+    "Values",
+    "bootstrap",
+    "colour_of",
+    "error_bars",
+    "exit_on_sigterm",
+    "experiment",
+    "progress",
+    "ratio_of_sums",
+    "spell",
+    "write_whole",
+]

@@ -17,7 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from scripts.bench.testbed import CONFIG, Testbed, read_testbed
-from scripts.experiments._frame import ROOT, TINY, Interval, Settings, bootstrap, progress, ratio_of_sums, write_whole
+from scripts.experiments._frame import (
+    ROOT,
+    TINY,
+    Interval,
+    Settings,
+    Values,
+    bootstrap,
+    progress,
+    ratio_of_sums,
+    write_whole,
+)
 from wdmoe.bs.airtime import LatencyModel, latency_model
 from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.experiment import load_tokenizer
@@ -35,6 +45,7 @@ from wdmoe.export.calibration import calibrate_bundle
 from wdmoe.export.models import find_checkpoint
 from wdmoe.profiles.link_profile import modelled_link
 from wdmoe.profiles.modelled import modelled_profile
+from wdmoe.runtime.errors import DataError
 
 TESTBED = read_testbed(CONFIG)
 SAMPLE = ROOT / "bs" / "data" / "piqa-sample.jsonl"
@@ -48,7 +59,7 @@ def texts(settings: Settings) -> dict[str, str]:
     if settings.data_dir is not None:
         files = sorted((settings.data_dir / "corpus").glob("*.txt"))
         if not files:
-            raise ValueError(f"{settings.data_dir} has no corpus/*.txt; leave --data-dir out for the bundled questions")
+            raise DataError(f"{settings.data_dir} has no corpus/*.txt; leave --data-dir out for the bundled questions")
         return {path.name: path.read_text(encoding="utf-8", errors="replace") for path in files}
     rows = [json.loads(line) for line in SAMPLE.read_text().splitlines()]
     return {"piqa-sample": "\n\n".join(f"Question: {row['goal']}\nAnswer: {row['sol1']}" for row in rows)}
@@ -167,6 +178,32 @@ def read(station: Station, policies: Sequence[Policy | str], text: Sequence[Ques
         if (number + 1) % 16 == 0:
             progress(f"  {number + 1} of {len(text)} windows under {len(everyone)} policies")
     return readings
+
+
+def compared(readings: dict[str, Reading]) -> dict[str, Values]:
+    """Return each reading beside the exact one, as plain values: latency, quality, and what was left out."""
+    exact = readings["exact"]
+    found: dict[str, Values] = {}
+    for name, reading in readings.items():
+        summary = reading.summary
+        found[name] = {
+            "latency_ratio": ratio_of_sums(reading.latency_ms, exact.latency_ms),
+            "perplexity_ratio": reading.perplexity_ratio(exact),
+            "divergence": reading.mean_divergence(),
+            "latency_ms": summary.latency_mean_ms,
+            "dropped_share": summary.dropped_share,
+            "pairs_per_token": (summary.pairs - summary.dropped) / summary.tokens / len(reading.records[0].blocks),
+            "gate_mass_dropped": summary.gate_mass_dropped,
+            "theta": summary.theta_mean,
+        }
+    return found
+
+
+def reaches_bar(values: Values) -> bool:
+    """Say whether a policy reaches the testbed's bar of quality, by its perplexity ratio and its divergence."""
+    bars = TESTBED.bars
+    reached = values["perplexity_ratio"][0] <= bars.perplexity_ratio and values["divergence"][0] <= bars.divergence
+    return bool(reached)
 
 
 def trace(settings: Settings, count: int) -> Trace:

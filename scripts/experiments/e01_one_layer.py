@@ -75,22 +75,22 @@ def layer_times(recorded: Trace, site: Site) -> Values:
 
 
 def finding(values: Values) -> str:
-    said = [f"Over {values['windows']} windows of text and {values['layers']} layers, with equal shares of the band:"]
+    said = [f"Over {values['windows']} windows of text and {values['layers']} layers, with equal shares of the band."]
     for fleet, arms in values["fleets"].items():
         exact = arms["exact"]
         slowest = int(np.argmax(exact["last_share"]))
         idle = 1 - np.mean(np.delete(exact["finish_ms"], slowest)) / exact["finish_ms"][slowest]
         said.append(
-            f"with {fleet} a layer takes {np.mean(exact['layer_ms']):.1f} ms, {arms['devices'][slowest]} (number "
+            f"{fleet}: a layer takes {np.mean(exact['layer_ms']):.1f} ms, {arms['devices'][slowest]} (number "
             f"{slowest + 1}) is the last in {exact['last_share'][slowest]:.0%} of layers, and the others are done "
             f"{max(0.0, idle):.0%} earlier; round robin over copies of all experts takes "
             f"{spell(arms['round_robin_over_exact'], '.2f')} times as long."
         )
     over = [arms["round_robin_over_exact"] for arms in values["fleets"].values()]
-    better = sum(high < 1 for _, _, high in over)
     said.append(
-        f"Round robin is faster on {better} of {len(over)} fleets: it shares out rows evenly whatever a device and its link "
-        "can do, every device reads every expert's weights, and a token's two experts land on two devices more often."
+        f"Round robin is faster on {sum(high < 1 for _, _, high in over)} and slower on {sum(low > 1 for _, low, _ in over)} of "
+        f"{len(over)} fleets. It evens out rows, whatever a device and its link can do; every device then reads the weights of "
+        "every expert, and keeps all of them in memory."
     )
     return " ".join(said)
 
