@@ -103,4 +103,4 @@ def test_troubles_show_where_they_are_planted(work: Path) -> None:
     assert min(half) > max(twice) * 0.9 and sum(half) > sum(twice)
     exact = found["slow_down"]["exact"]
     assert exact["corrected"] == exact["not corrected"]  # it looks at no latency
-    assert min(exact["corrected"][2:]) > 1.05 * max(exact["corrected"][:2])  # a device became slower between them
+    assert min(exact["corrected"][2:]) > max(exact["corrected"][:2])  # a device became slower between them
