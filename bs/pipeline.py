@@ -146,7 +146,7 @@ class Pipeline:
         """
         self._trace = trace
         self._hub = hub
-        self._stages = stages
+        self.stages = stages
         self._model = manifest.model
         self._norms = norms_of_text(manifest)
         self._held = held
@@ -202,7 +202,7 @@ class Pipeline:
     @property
     def stages_on(self) -> str:
         """Which kind of processor runs the stages: cpu or cuda."""
-        return self._stages.on
+        return self.stages.on
 
     @property
     def in_flight(self) -> int:
@@ -286,7 +286,7 @@ class Pipeline:
 
     def _depart(self, number: int, microbatch: Microbatch, policy: Policy) -> None:
         now_s = self._hub.clock.now_s()
-        prepared = self._stages.prepare(microbatch)
+        prepared = self.stages.prepare(microbatch)
         in_flight = len(self._flights) + 1
         record = Record(microbatch.name, len(microbatch.token_ids), microbatch.questions, in_flight)
         flight = Flight(number, microbatch, prepared, now_s, record)
@@ -364,7 +364,7 @@ class Pipeline:
         partials = [partial for want in wants for partial in want.partials]
         flight.block += 1
         flight.wants, flight.shared = [], None
-        self._submit_step(flight, lambda: self._stages.combine(rows, partials, lost, shared), policy)
+        self._submit_step(flight, lambda: self.stages.combine(rows, partials, lost, shared), policy)
 
     # -- what runs on the worker -----------------------------------------------------------------------------------
 
@@ -385,7 +385,7 @@ class Pipeline:
 
     def _run_shared(self, flight: Flight, block: int, hidden: OnStation) -> Shared:
         started_s = self._hub.clock.now_s()
-        rows = self._stages.shared(block, hidden)
+        rows = self.stages.shared(block, hidden)
         self._note(flight, f"shared expert {block}", started_s)
         return Shared(rows)
 
@@ -486,11 +486,11 @@ class Pipeline:
         microbatch = flight.microbatch
         if block == self._model.n_blocks:
             assert residual is not None and moe_out is not None
-            result = self._stages.finish(microbatch, residual, moe_out)
+            result = self.stages.finish(microbatch, residual, moe_out)
             self._note(flight, "head", started_s)
             return result
-        attended = self._stages.attend(block, microbatch, flight.prepared, residual, moe_out)
-        routed = self._stages.route(attended, workers.owner, len(workers.names), self._wire)
+        attended = self.stages.attend(block, microbatch, flight.prepared, residual, moe_out)
+        routed = self.stages.route(attended, workers.owner, len(workers.names), self._wire)
         if self.on_router is not None:
             self.on_router(block, routed.router_logits)
         routing = routed.routing
@@ -513,7 +513,7 @@ class Pipeline:
         )
         if self._wire == "int8" and block == flight.number % self._model.n_blocks:
             # Of one block; the next microbatch of another.
-            flight.record.wire_error = relative_error(self._stages.on_host(routed.hidden), self._wire)
+            flight.record.wire_error = relative_error(self.stages.on_host(routed.hidden), self._wire)
         self._note(flight, f"stage {block}", started_s)
         return Dispatched(routed.residual, routed.hidden, shipments, plan.weights.sum(axis=1), record)
 

@@ -47,7 +47,7 @@ from wdmoe.runtime.messages import (
     pack_rows,
     unpack_rows,
 )
-from wdmoe.runtime.virtual_time import Frames, VirtualLink, VirtualWorker
+from wdmoe.runtime.virtual_time import Frames, TimedPeer, VirtualLink, VirtualWorker
 from wdmoe.runtime.worker import Worker
 
 Say = Callable[[str], None]
@@ -153,8 +153,20 @@ def finish_together(air_ms: Times, fixed_ms: Times) -> Times:
 
 
 @contextmanager
-def open_virtual_station(config: StationConfig, virtual: VirtualConfig, say: Say) -> Iterator[Station]:
+def open_virtual_station(
+    config: StationConfig,
+    virtual: VirtualConfig,
+    say: Say,
+    tap: Callable[[VirtualDevice], TimedPeer] = lambda device: device,
+) -> Iterator[Station]:
     """Load the base station's folder and every device folder beside it into this process.
+
+    Args:
+        config: of the base station.
+        virtual: devices and links.
+        say: told what is loaded.
+        tap: puts something between the base station and a device that has written its hello: it may listen, change
+            what passes, or make the device another than its profile says.
 
     Raises:
         WdmoeError: the bundle is damaged or has no device folders, or a slice does not fit its emulated device.
@@ -167,7 +179,7 @@ def open_virtual_station(config: StationConfig, virtual: VirtualConfig, say: Say
     verify_files(folder, manifest)
     clock = VirtualClock()
     devices = _load_devices(folder.parent, virtual, config.threads, say)
-    link = VirtualLink({device.name.encode(): device for device in devices}, clock)
+    link = VirtualLink({device.name.encode(): tap(device) for device in devices}, clock)
     hub = Hub(link, manifest, clock)
     hub.wait_for_devices(config.wait_s)
     say(f"in virtual time, a stage takes {virtual.stage_ms:g} ms; {introduced(hub)}")

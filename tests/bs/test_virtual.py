@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import tiny
@@ -21,8 +23,9 @@ from wdmoe.bs.records import Record
 from wdmoe.bs.scoring import DistributedScorer
 from wdmoe.bs.stages import new_cache
 from wdmoe.bs.station import Station, open_station
-from wdmoe.bs.virtual import finish_together, open_virtual_station
+from wdmoe.bs.virtual import VirtualDevice, finish_together, open_virtual_station
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
+from wdmoe.profiles.device_profile import Point
 from wdmoe.profiles.modelled import ExpertShape, modelled_profile
 from wdmoe.runtime.errors import WdmoeError
 from wdmoe.runtime.messages import ExpertReply, ExpertRequest, Message, encode
@@ -100,6 +103,25 @@ def test_latency_is_what_is_worked_out_by_hand(alone: Path) -> None:
     assert record.latency_ms == pytest.approx(3 * 1.5 + 2 * block_ms, rel=1e-9)
     assert record.bs_ms == pytest.approx(4.5)
     assert [block.waiting_ms for block in record.blocks] == pytest.approx([block_ms] * 2, rel=1e-9)
+
+
+def test_a_tap_makes_a_device_slower_than_it_says(alone: Path) -> None:
+    virtual = VirtualConfig(("orin-nano-8gb",), (SLOW,), cost_shape=MIXTRAL, cost_precision="int4")
+
+    def tired(device: VirtualDevice) -> VirtualDevice:
+        points = tuple(Point(point.tokens, 3 * point.p50_ms, 3 * point.p95_ms) for point in device.air.profile.points)
+        device.air.profile = msgspec.structs.replace(device.air.profile, points=points)
+        return device
+
+    def took(tap: Callable[[VirtualDevice], VirtualDevice]) -> tuple[float, float]:
+        with open_virtual_station(StationConfig(alone), virtual, quiet, tap) as station:
+            latency_ms = one_token(station).latency_ms
+            return latency_ms, station.hub.devices["device-0"].latency.model().correction
+
+    (said_ms, right), (tired_ms, corrected) = took(lambda device: device), took(tired)
+    call_ms = modelled_profile("orin-nano-8gb", "int4", MIXTRAL).call_ms(1)
+    assert tired_ms == pytest.approx(said_ms + 2 * 2 * 2 * call_ms)  # blocks, experts, two times longer
+    assert right == pytest.approx(1, abs=0.01) and 1.5 < corrected < 3  # the link is as it was
 
 
 def test_several_in_flight_end_sooner_together_and_later_each(bundle: Path) -> None:
