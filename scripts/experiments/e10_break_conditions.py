@@ -167,10 +167,16 @@ def damage(whole: FloatArray, less: FloatArray, window: IntArray, token: int) ->
     return float(kl_divergence(whole[seen], less[seen]).sum()), loss(less) - loss(whole)
 
 
+def mean_ranks(values: Floats64) -> Floats64:
+    """Return the rank of each; of equals the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: Floats64 = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return ranks
+
+
 def spearman(first: Floats64, second: Floats64) -> float:
     """Return the rank correlation; 0 where one of them does not vary."""
-    a, b = (np.unique(values, return_inverse=True)[1].astype(float) for values in (first, second))
-    a, b = (np.bincount(ranks.astype(int)).cumsum()[ranks.astype(int)] for ranks in (a, b))  # ties share a rank
+    a, b = mean_ranks(first), mean_ranks(second)
     a, b = a - a.mean(), b - b.mean()
     length = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / length if length else 0.0
