@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from wdmoe.bs.config import InFlight
 from wdmoe.bs.evaluation import Evaluation
 from wdmoe.bs.experiment import PolicyRun
 from wdmoe.bs.records import DeviceSummary, Summary
@@ -56,7 +57,7 @@ class Finding:
     advice: str  # what to do about it
 
 
-def diagnose(runs: Sequence[PolicyRun], in_flight: int) -> list[Finding]:
+def diagnose(runs: Sequence[PolicyRun], in_flight: InFlight) -> list[Finding]:
     """Look for the four troubles.
 
     Args:
@@ -77,7 +78,7 @@ def diagnose(runs: Sequence[PolicyRun], in_flight: int) -> list[Finding]:
     return sorted(found, key=lambda finding: list(TITLES).index(finding.kind))
 
 
-def _slowness(run: PolicyRun, in_flight: int) -> Finding | None:
+def _slowness(run: PolicyRun, in_flight: InFlight) -> Finding | None:
     """Find out whether the air dominates, or else waiting, of which the air is a part."""
     summary = run.summary
     if not summary.devices or summary.latency_share_ms <= 0:
@@ -112,7 +113,7 @@ def _slowness(run: PolicyRun, in_flight: int) -> Finding | None:
     return None
 
 
-def _queue(run: PolicyRun, in_flight: int) -> Finding | None:
+def _queue(run: PolicyRun, in_flight: InFlight) -> Finding | None:
     """Find out whether requests stand before a device; with one microbatch in flight none can."""
     summary = run.summary
     if in_flight == 1 or not summary.devices or summary.queue_ms < QUEUE_SHARE * summary.latency_share_ms:
