@@ -98,6 +98,9 @@ def plot_profiles(profiles: Sequence[Named], out: Path) -> None:
         label = f"{name} ({profile.origin})"
         axes.plot([n for n, _ in curve], [ms for _, ms in curve], marker=_MARKERS[number % len(_MARKERS)], label=label)
     axes.set(xscale="log", yscale="log", xlabel="tokens of a call", ylabel="p50 of an expert call, ms")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")  # 100 rather than a power of ten
+        axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
     axes.grid(alpha=0.25)
     for text in figure.legend(loc="outside lower left", frameon=False).get_texts():
         text.set_parse_math(False)  # a file may have a dollar in its name
