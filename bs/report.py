@@ -5,6 +5,7 @@ All that comes from elsewhere (names of devices, hardware, the command) is escap
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
@@ -40,11 +41,12 @@ body { margin: 0 auto; max-width: 76rem; padding: 1rem; color: var(--ink); backg
 h1 { font-size: 1.5rem; line-height: 1.25 } h2 { font-size: 1.2rem; margin-top: 2.2rem }
 h1, h2, h3, dd, td, li, code { overflow-wrap: anywhere }
 dl { display: grid; grid-template-columns: minmax(6rem, auto) 1fr; gap: .2rem 1rem } dt { color: var(--soft) }
-dd { margin: 0 }
+dd { margin: 0 } li code { white-space: nowrap; font-size: .9em }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr; gap: 0 } dd { margin-bottom: .6rem } ul { padding-left: 1.2rem } }
 .origin { background: var(--mark); padding: .6rem .8rem; border-left: .3rem solid #b08900 }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem }
-caption { text-align: left; font-style: italic; padding: .3rem 0 }
+.caption { font-style: italic; font-size: .9rem; margin: 1rem 0 .3rem; max-width: 60rem; overflow-wrap: anywhere }
 th, td { padding: .2rem .6rem; border-bottom: 1px solid var(--line); text-align: left }
 .right { text-align: right; white-space: nowrap } td:first-child { min-width: 7rem }
 .note { color: var(--soft); font-size: .85rem; white-space: pre-line; max-width: 60rem }
@@ -155,9 +157,14 @@ def _diagnosis(findings: Sequence[Finding], origin: str) -> str:
             found = "".join(
                 f"<li>{escape(f'{finding.dataset}, {finding.policy}: {finding.text}')}</li>" for finding in of_kind
             )
-            advice = " ".join(f"{escape(advice)}." for advice in dict.fromkeys(f.advice for f in of_kind))
-            parts.append(f"<h3>{title}</h3><ul>{found}</ul><p>What to do: {advice}</p>")
+            advice = "".join(f"<li>{_with_options(advice)}</li>" for advice in dict.fromkeys(f.advice for f in of_kind))
+            parts.append(f"<h3>{title}</h3><ul>{found}</ul><p>What to do:</p><ul>{advice}</ul>")
     return "".join(parts)
+
+
+def _with_options(text: str) -> str:
+    """Return a text for the page, the names of options in it never broken over lines."""
+    return re.sub(r"--[a-z][a-z-]*", r"<code>\g<0></code>", escape(text))
 
 
 def _facts(head: dict[str, Any], runs: Sequence[PolicyRun]) -> str:
@@ -236,7 +243,8 @@ def _html_table(table: Table, caption: str) -> str:
         for cells in zip(*(column.cells for column in table.columns), strict=True)
     ]
     return (
+        f'<p class="caption">{escape(caption)}</p>'  # outside: a long one does not scroll away with the table
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-        f"<caption>{escape(caption)}</caption><thead><tr>{''.join(headings)}</tr></thead>"
+        f"<thead><tr>{''.join(headings)}</tr></thead>"
         f"<tbody>{''.join(f'<tr>{row}</tr>' for row in rows)}</tbody></table></div>"
     )

@@ -70,7 +70,7 @@ def time_split(runs: Sequence[PolicyRun], origin: str, key: str, label: str) -> 
         ("overhead", "#888888", lambda run: run.summary.overhead_ms, 0.0),
         ("air", COLORS[5], lambda run: run.summary.air_ms, 0.24),
         ("device compute", COLORS[1], lambda run: run.summary.device_ms, 0.24),
-        ("device queue", COLORS[3], lambda run: run.summary.queue_ms, 0.24),
+        ("queue", COLORS[3], lambda run: run.summary.queue_ms, 0.24),
     )
 
     def draw(figure: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from wdmoe.runtime.errors import WdmoeError
+from wdmoe.bs.plots import COLORS, MARKERS, new_figure, require_matplotlib, save_figure, style
 
 
 def draw_simulation(result: dict[str, Any], path: Path) -> None:
@@ -18,39 +18,35 @@ def draw_simulation(result: dict[str, Any], path: Path) -> None:
     Raises:
         WdmoeError: matplotlib is not installed, or cannot write there.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise WdmoeError(f"--plot needs matplotlib ({error}): pip install 'wdmoe[plots]'") from error
+    require_matplotlib("--plot")
     entries = result["results"]
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    bars, pareto = figure.subplots(1, 2, width_ratios=(1, 1.2))
-    names = [entry["policy"] for entry in entries]
-    mean = [entry["latency_mean_ms"] for entry in entries]
-    bars.barh(names, mean, color="#4477aa")
-    bars.plot([entry["latency_p95_ms"] for entry in entries], range(len(names)), "|", color="black", label="95 %")
-    bars.invert_yaxis()
-    bars.set_xlabel("latency of a question, ms (modelled): mean")
-    bars.legend(loc="lower right", frameon=False)
-    dropped = [100 * entry["gate_mass_dropped"] for entry in entries]
-    front = pareto_front(list(zip(dropped, mean, strict=True)))
-    pareto.plot(*zip(*front, strict=True), color="#bbbbbb", zorder=1)
-    pareto.scatter(dropped, mean, color="#4477aa", zorder=2)
-    for name, x, y in zip(names, dropped, mean, strict=True):
-        pareto.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    pareto.set_xlabel("gate weight left out, %")
-    pareto.set_ylabel("mean latency, ms (modelled)")
-    pareto.set_ylim(0, 1.15 * max(mean))
-    pareto.margins(x=0.2)
-    devices = sum(result["devices"].values())
-    medium = result["channel"] if result["bandwidth"] is None else f"{result['channel']}, {result['bandwidth']}"
-    figure.suptitle(f"{result['model']['name']}: {devices} modelled devices, {medium}", fontsize=10)
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
-    try:
-        figure.savefig(partial, dpi=140)
-    except (OSError, ValueError) as error:
-        raise WdmoeError(f"cannot write the plot {path}: {error}") from error
-    partial.replace(path)
+    with style():
+        figure = new_figure(11, max(4.5, 1.8 + 0.3 * len(entries)))
+        bars, pareto = figure.subplots(1, 2, width_ratios=(1, 1.2))
+        names = [entry["policy"] for entry in entries]
+        mean = [entry["latency_mean_ms"] for entry in entries]
+        bars.barh(names, mean, color=COLORS[0])
+        p95 = [entry["latency_p95_ms"] for entry in entries]
+        bars.plot(p95, range(len(names)), "|", color=COLORS[1], markersize=12, markeredgewidth=2, label="95 % within")
+        bars.invert_yaxis()
+        bars.set_xlabel("latency of a question, ms (modelled): mean")
+        figure.legend(loc="outside lower left", ncols=6)
+        dropped = [100 * entry["gate_mass_dropped"] for entry in entries]
+        front = pareto_front(list(zip(dropped, mean, strict=True)))
+        pareto.plot(*zip(*front, strict=True), color="#bbbbbb", zorder=1)
+        for number, (name, x, y) in enumerate(zip(names, dropped, mean, strict=True)):
+            drawn = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+            pareto.plot(x, y, linestyle="none", markersize=8, label=name, **drawn)
+        # Names beside their points would lie on each other where policies come out alike.
+        pareto.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+        pareto.set_xlabel("gate weight left out, %")
+        pareto.set_ylabel("mean latency, ms (modelled)")
+        pareto.set_ylim(0, 1.15 * max(mean))
+        pareto.margins(x=0.1)
+        devices = sum(result["devices"].values())
+        medium = result["channel"] if result["bandwidth"] is None else f"{result['channel']}, {result['bandwidth']}"
+        figure.suptitle(f"{result['model']['name']}: {devices} modelled devices, {medium}", fontsize=10)
+        save_figure(figure, path)
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

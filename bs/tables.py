@@ -207,14 +207,23 @@ def diagnosis_list(findings: Sequence[Finding], origin: str) -> Group:
         findings: of `diagnose`, at least one.
         origin: of the times: modelled, emulated or measured.
     """
-    lines = [Text(f"Diagnosis (times {origin})", style="italic")]
+    lines: list[Text | Table] = [Text(f"Diagnosis (times {origin})", style="italic")]
     for kind, title in TITLES.items():
         of_kind = [finding for finding in findings if finding.kind == kind]
         if of_kind:
             lines.append(Text(title, style="bold"))
-        lines += [Text(f"  {finding.dataset}, {finding.policy}: {finding.text}") for finding in of_kind]
-        lines += [Text(f"  -> {advice}") for advice in dict.fromkeys(finding.advice for finding in of_kind)]
+        lines += [_hanging("  ", f"{finding.dataset}, {finding.policy}: {finding.text}") for finding in of_kind]
+        lines += [_hanging("  -> ", advice) for advice in dict.fromkeys(finding.advice for finding in of_kind)]
     return Group(*lines)
+
+
+def _hanging(mark: str, text: str) -> Table:
+    """Return a text of which each line begins to the right of a mark, however wide the terminal is."""
+    grid = Table.grid()
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row(mark, Text(text))
+    return grid
 
 
 def _to_exact(run: PolicyRun) -> str:

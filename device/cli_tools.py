@@ -126,7 +126,7 @@ def plot(files: tuple[Path, ...], out: Path) -> None:
         try:
             plot_profiles(_read(files), out)
         except ImportError as error:
-            raise click.ClickException(f"a plot needs matplotlib ({error}): pip install matplotlib") from error
+            raise click.ClickException(f"a plot needs matplotlib ({error}): pip install 'wdmoe[plots]'") from error
         click.echo(out)
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from wdmoe.device.info import Library, advice
 from wdmoe.profiles.device_profile import DeviceProfile
 
+_MARKERS = "osD^vPX*"  # of curves in a plot
 Named = tuple[str, DeviceProfile]  # the file's name
 
 
@@ -90,14 +91,20 @@ def plot_profiles(profiles: Sequence[Named], out: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5 + 0.2 * len(profiles)), layout="constrained")
     axes = figure.add_subplot()
-    for name, profile in profiles:
+    for number, (name, profile) in enumerate(profiles):
         curve = profile.curve()
-        axes.plot([n for n, _ in curve], [ms for _, ms in curve], marker="o", label=f"{name} ({profile.origin})")
-    axes.set(xscale="log", yscale="log", xlabel="tokens of a call", ylabel="p50, ms")
-    axes.legend()
-    figure.savefig(out)
+        label = f"{name} ({profile.origin})"
+        axes.plot([n for n, _ in curve], [ms for _, ms in curve], marker=_MARKERS[number % len(_MARKERS)], label=label)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of a call", ylabel="p50 of an expert call, ms")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")  # 100 rather than a power of ten
+        axis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+    axes.grid(alpha=0.25)
+    for text in figure.legend(loc="outside lower left", frameon=False).get_texts():
+        text.set_parse_math(False)  # a file may have a dollar in its name
+    figure.savefig(out, dpi=140)
 
 
 def _facts(profile: DeviceProfile) -> dict[str, str]:

@@ -107,10 +107,31 @@ def test_much_left_out_is_told_without_exact_beside_it() -> None:
     assert diagnose([policy_run("wlr", [1.0], dropped=0.05)], in_flight=1) == []
 
 
+def test_the_advice_is_never_what_was_done_already(bundle: Path, tmp_path: Path) -> None:
+    shared = ("--devices", FAST[1], "--link", "radio:mhz=4:efficiency=1")
+    policies = ("--policy", "exact", "--policy", "bottleneck:budget=0.01")
+    found, _ = run(bundle, tmp_path / "r.json", *policies, *shared)
+    assert [(f["kind"], f["policy"], "bottleneck" in f["advice"]) for f in found] == [
+        ("air", "exact", True),
+        ("air", "bottleneck:budget=0.01", False),
+    ]
+    assert all("--wire int8" in finding["advice"] for finding in found)
+    found, _ = run(bundle, tmp_path / "int8.json", *policies, *shared, "--wire", "int8")
+    assert found and not any("--wire int8" in finding["advice"] for finding in found)
+
+
+def test_a_radio_that_several_microbatches_wait_for_is_no_slow_device(bundle: Path, tmp_path: Path) -> None:
+    shared = ("--policy", "exact", "--devices", FAST[1], "--link", "radio:mhz=4:efficiency=1", "--in-flight", "4")
+    found, shown = run(bundle, tmp_path / "r.json", *shared)
+    assert [finding["kind"] for finding in found] == ["air"]
+    below = shown[shown.index("air dominates") :].splitlines()[1:]
+    assert all(len(line.rstrip()) <= 80 and line.startswith("  ") for line in below if line.strip())
+
+
 def test_a_queue_is_told_from_the_devices_own_reports() -> None:
     run = policy_run("exact", [1.0])
     records = [
-        Record("q", 7, latency_ms=100.0, bs_ms=90.0, blocks=[BlockRecord(1, 0, 1, 1, 0, None, None, queue_ms=30.0)],
+        Record("q", 7, latency_ms=100.0, bs_ms=90.0, blocks=[BlockRecord(1, 0, 1, 1, 0, None, None, device_ms=20.0, queue_ms=30.0)],
                devices={"a": DeviceUse(2, 7, 20.0, 5.0), "b": DeviceUse(1, 7, 20.0, queue_ms)})
         for queue_ms in (10.0, 20.0, 40.0, 50.0)
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,8 +206,16 @@ def test_the_pareto_front_has_no_point_that_another_beats() -> None:
     assert pareto_front([(0, 9), (1, 5), (2, 7), (3, 4), (3, 8)]) == [(0, 9), (1, 5), (3, 4)]
 
 
+def test_without_matplotlib_a_plot_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    write_trace(tmp_path / "t.npz", invented())
+    options = ["--trace", str(tmp_path / "t.npz"), "--devices", "orin-nano-8gb*4", "--plot", str(tmp_path / "p.png")]
+    done = CliRunner().invoke(main, ["simulate", *options])
+    assert done.exit_code == 1 and "--plot needs matplotlib" in done.stderr and "wdmoe[plots]" in done.stderr
+
+
 def test_the_command_prints_plots_and_writes_json(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="needs the extra `eval`")
+    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
     write_trace(tmp_path / "t.npz", invented())
     options = ["simulate", "--trace", str(tmp_path / "t.npz"), "--devices", "orin-nano-8gb*10,agx-orin-64gb"]
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,13 +61,19 @@ def test_a_modelled_profile_is_shown_with_its_sources_and_kept(tmp_path: Path) -
     assert json.loads(printed.stdout)["origin"] == "modelled"
 
 
-def test_a_plot_is_drawn_or_says_what_it_needs(tmp_path: Path) -> None:
+def test_a_plot_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
     out = tmp_path / "p.png"
     result = invoke("profile", "plot", modelled(tmp_path / "agx.json", "agx-orin-64gb"), "--out", out)
-    if result.exit_code == 0:
-        assert out.read_bytes().startswith(b"\x89PNG")
-    else:
-        assert "pip install matplotlib" in result.output
+    assert result.exit_code == 0, result.output
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_a_plot_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = invoke("profile", "plot", modelled(tmp_path / "agx.json", "agx-orin-64gb"), "--out", tmp_path / "p.png")
+    assert result.exit_code == 1 and "pip install 'wdmoe[plots]'" in result.output
 
 
 def test_info_names_the_machine_and_its_engines() -> None:
