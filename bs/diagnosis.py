@@ -65,16 +65,11 @@ def diagnose(runs: Sequence[PolicyRun], in_flight: InFlight) -> list[Finding]:
         in_flight: microbatches at a time.
     """
     exact = {run.evaluation.dataset: run.evaluation for run in runs if run.policy == "exact"}
-    found = [
-        finding
-        for run in runs
-        for finding in (
-            _slowness(run, number := run.summary.in_flight_p50 if in_flight == "auto" else in_flight),
-            _queue(run, number),
-            _damage(run, exact.get(run.evaluation.dataset)),
-        )
-        if finding is not None
-    ]
+    found = []
+    for run in runs:
+        at_once = run.summary.in_flight_p50 if in_flight == "auto" else in_flight
+        damage = _damage(run, exact.get(run.evaluation.dataset))
+        found += [one for one in (_slowness(run, at_once), _queue(run, at_once), damage) if one is not None]
     return sorted(found, key=lambda finding: list(TITLES).index(finding.kind))
 
 

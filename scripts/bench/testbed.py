@@ -17,11 +17,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +345,7 @@ class _Kept:
 @click.option("--text-tokens", type=int, help="Of the perplexity; 0 leaves it out, and nothing reaches the bar.")
 @click.option("--policy", "policies", multiple=True, help="Instead of the testbed's.")
 @click.option("--model", help="Instead of the testbed's; tiny: a random one.")
+@click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Arms at a time, a thread each.")
 @click.option("--fit", type=click.Path(path_type=Path, exists=True), help="Only fit the static shares to this text.")
 def main(
     target: str | None,
@@ -352,6 +356,7 @@ def main(
     text_tokens: int | None,
     policies: Sequence[str],
     model: str | None,
+    jobs: int,
     fit: Path | None,
 ) -> None:
     """Compare policies on the pinned testbed; exit code 1 if the best misses a bar."""
@@ -361,18 +366,18 @@ def main(
     changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     changed |= {"policies": tuple(policies)} if policies else {}
     testbed = msgspec.structs.replace(testbed, **changed)
-    chosen = [parse_policy(policy) for policy in testbed.policies]
+    for policy in testbed.policies:
+        parse_policy(policy)  # refused before anything is made
     with placed_bundle(testbed.model, testbed) as bundle:
         if fit is not None:
             click.echo(json.dumps(fitted_shares(bundle, testbed, fit.read_text()[: 20 * FIT_TOKENS * FIT_WINDOWS])))
             return
-        task = load_task(dataset, data_dir)
-        digest = task.digest(testbed.rows)
+        digest = load_task(dataset, data_dir).digest(testbed.rows)
         key = hashlib.sha256(msgspec.json.encode(testbed) + digest.encode()).hexdigest()
         kept = _Kept(target, key)
-        for efficiency in testbed.efficiencies:
-            for medium in testbed.media:
-                run_arms(testbed, bundle, (efficiency, medium), chosen, task, data_dir, kept)
+        left = [arm for arm in arms_of(testbed) if arm.name not in kept.arms]
+        for arm, found in run_arms(testbed, bundle, left, dataset, data_dir, jobs):
+            kept.add(arm.name, found)
     modes = {
         mode: {n.partition(": ")[2]: arm for n, arm in kept.arms.items() if n.startswith(mode)}
         for mode in ("alone", "saturated")
@@ -398,40 +403,62 @@ def main(
     sys.exit(0 if result["passed"] else 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One efficiency on one medium, one question at a time or several."""
+
+    mode: str  # alone or saturated
+    efficiency: str
+    medium: str
+
+    @property
+    def name(self) -> str:
+        """As in the result."""
+        return f"{self.mode}: {self.efficiency}, {self.medium}"
+
+
+def arms_of(testbed: Testbed) -> list[Arm]:
+    """List all arms, those that take longest first."""
+    modes = ("alone", "saturated") if testbed.saturated_rows else ("alone",)
+    arms = [Arm(mode, one, medium) for mode in modes for one in testbed.efficiencies for medium in testbed.media]
+    return sorted(arms, key=lambda arm: (arm.mode != "alone", arm.medium not in COUNTED))
+
+
 def run_arms(
-    testbed: Testbed,
-    bundle: Path,
-    where: tuple[str, str],
-    policies: Sequence[Policy],
-    task: LoadedTask,
-    data_dir: Path | None,
-    kept: _Kept,
-) -> None:
-    """Run exact and the policies at one efficiency on one medium, what is not done yet."""
-    efficiency, medium = where
-    name, arm = f"{efficiency}, {medium}", testbed.arm(efficiency, medium)
-    for mode, in_flight in (("alone", 1), ("saturated", testbed.in_flight)):
-        if f"{mode}: {name}" in kept.arms or (mode == "saturated" and not testbed.saturated_rows):
-            continue
-        started_s = time.perf_counter()
-        config = StationConfig(bundle, wire=testbed.wire, in_flight=in_flight)
-        with open_virtual_station(config, arm, lambda text: None) as station:
-            if mode == "alone":
-                text = []
-                if medium in COUNTED and testbed.text_tokens:
-                    text = text_windows(
-                        load_task("wikitext2", data_dir),
-                        load_tokenizer(station),
-                        max_length=max_length(station),
-                        tokens=testbed.text_tokens,
-                        prefix_token_id=station.manifest.model.bos_token_id,
-                    )
-                found = one_at_a_time(station, policies, task, testbed.rows, text)
-            else:
-                found = saturated(station, policies, task, testbed.saturated_rows)
-        kept.add(f"{mode}: {name}", found)
-        means = ", ".join(f"{policy} {entry['latency_mean_ms']:.0f}" for policy, entry in found.items())
-        progress(f"{mode}: {name}: ms a question: {means} ({time.perf_counter() - started_s:.0f} s)")
+    testbed: Testbed, bundle: Path, arms: Sequence[Arm], dataset: str, data_dir: Path | None, jobs: int
+) -> Iterator[tuple[Arm, dict[str, Any]]]:
+    """Run exact and the policies in arms, some at a time, each in a process with one thread; yield what is done."""
+    run = partial(run_arm, testbed, bundle, dataset, data_dir)
+    with multiprocessing.get_context("spawn").Pool(min(jobs, max(1, len(arms)))) as pool:
+        yield from pool.imap_unordered(run, arms)
+
+
+def run_arm(
+    testbed: Testbed, bundle: Path, dataset: str, data_dir: Path | None, arm: Arm
+) -> tuple[Arm, dict[str, Any]]:
+    """Run exact and the policies in one arm."""
+    task, policies = load_task(dataset, data_dir), [parse_policy(policy) for policy in testbed.policies]
+    started_s = time.perf_counter()
+    config = StationConfig(
+        bundle, wire=testbed.wire, in_flight=1 if arm.mode == "alone" else testbed.in_flight, threads=1
+    )
+    with open_virtual_station(config, testbed.arm(arm.efficiency, arm.medium), lambda text: None) as station:
+        if arm.mode == "alone":
+            text = []
+            if arm.medium in COUNTED and testbed.text_tokens:
+                text = text_windows(
+                    load_task("wikitext2", data_dir),
+                    load_tokenizer(station),
+                    max_length=max_length(station),
+                    tokens=testbed.text_tokens,
+                    prefix_token_id=station.manifest.model.bos_token_id,
+                )
+            found = one_at_a_time(station, policies, task, testbed.rows, text)
+        else:
+            found = saturated(station, policies, task, testbed.saturated_rows)
+    means = ", ".join(f"{policy} {entry['latency_mean_ms']:.0f}" for policy, entry in found.items())
+    progress(f"{arm.name}: ms a question: {means} ({time.perf_counter() - started_s:.0f} s)")
+    return arm, found
 
 
 if __name__ == "__main__":
