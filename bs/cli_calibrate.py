@@ -29,7 +29,8 @@ def calibrate(bundle: Path, text: Path, tokens: int, threads: int) -> None:
 
     The whole bundle runs in this process; no device is needed. What is found is kept beside the manifest, and policies
     then take loss=NATS (as in bottleneck:loss=0.01) in place of a budget: the divergence from exact that a token may
-    cost. Calibrate norms first (wdmoe-export calibrate) to have both kinds of importance.
+    cost; --policy auto then keeps to one. Calibrate norms first (wdmoe-export calibrate) to have both kinds of
+    importance.
     """
     with reported_errors():
         from wdmoe.bs.calibrating import measure_sensitivity, n_steps

@@ -159,16 +159,38 @@ def _with_options(function: AnyFunction, *options: Callable[[AnyFunction], AnyFu
     return function
 
 
-def parse_policies(texts: tuple[str, ...]) -> list[Policy]:
-    """Parse --policy, exact first; what cannot be parsed is a bad parameter."""
-    from wdmoe.bs.policies import parse_policy
+def parse_policies(texts: tuple[str, ...], bundle: Path | None = None) -> list[Policy]:
+    """Parse --policy, exact first; what cannot be parsed is a bad parameter. What `auto` stands for is told.
 
+    Args:
+        texts: as users type them.
+        bundle: whose calibration `auto` goes by; None: a trace, which has none.
+    """
+    from wdmoe.bs.policies import AUTO, parse_policy, resolve_auto
+
+    calibrated = AUTO in texts and bundle is not None and _is_calibrated(bundle)
     try:
-        policies = [parse_policy(text) for text in texts]
+        policies = [parse_policy(resolve_auto(text, calibrated)) for text in texts]
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--policy") from error
+    if AUTO in texts:
+        missing = (
+            "a trace does not say what each block loses"
+            if bundle is None
+            else f"{bundle} is not calibrated; wdmoe-bs calibrate measures, on a text of yours, what each block loses"
+        )
+        say(f"auto: {resolve_auto(AUTO, calibrated)}{'' if calibrated else f', with its default budget: {missing}'}")
     # Exact is the control: it goes first, so that the others can be compared with it.
     return sorted(policies, key=lambda policy: policy.describe() != "exact")
+
+
+def _is_calibrated(bundle: Path) -> bool:
+    from wdmoe.bs.sensitivity import read_sensitivity
+    from wdmoe.bs.station import bs_folder
+    from wdmoe.runtime.manifest import BsManifest, read_manifest
+
+    folder = bs_folder(bundle)
+    return read_sensitivity(folder, read_manifest(folder, BsManifest)) is not None
 
 
 @contextmanager

@@ -67,7 +67,7 @@ Examples:
     "--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be given several times."
 )
 @click.option("--seed", type=int, help="Of the random draws; without it one is drawn, and told at the end.")
-@click.option("--policy", default="exact", help="exact, or wlr with options as in wlr:alpha=0.4,gamma=1.1.")
+@click.option("--policy", default="exact", help="As for wdmoe-bs run; one.")
 @model_options
 @json_option
 def generate(
@@ -95,7 +95,7 @@ def generate(
 
         _check_usage(prompt, chat, system, json_path)
         config = StationConfig(**station)
-        (chosen,) = parse_policies((policy,))
+        (chosen,) = parse_policies((policy,), config.bundle)
         sampling = Sampling(temperature, top_p, max_tokens, stop, secrets.randbits(32) if seed is None else seed)
         # What cannot work is said before anybody waits for devices.
         folder = bs_folder(config.bundle)

@@ -67,7 +67,7 @@ def quality(
         from wdmoe.bs.tables import quality_table
 
         config, command, bar = StationConfig(**station), command_line(), QualityBar()
-        chosen = list({policy.describe(): policy for policy in parse_policies(policies)}.values())
+        chosen = list({policy.describe(): policy for policy in parse_policies(policies, config.bundle)}.values())
         tasks = [load_task(name, data_dir) for name in dict.fromkeys(datasets)]
         for task in tasks:
             if not task.has_accuracy:

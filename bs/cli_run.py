@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     multiple=True,
     default=("exact", "wlr"),
     help="exact, wlr, round-robin, ser, top-cut, capacity or bottleneck, with options as in wlr:alpha=0.4,gamma=1.1 or "
-    "bottleneck:budget=0.05,protect=false; may be given several times. docs/policies.md lists rules and options.",
+    "bottleneck:budget=0.05,protect=false; or auto, the best that is known for the bundle. May be given several times. "
+    "docs/policies.md lists rules and options.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first rows of each data set.")
 @model_options
@@ -87,7 +88,7 @@ def run(
 
         virtual = read_virtual(clock, station)
         config, command = StationConfig(**station), command_line()
-        chosen = {policy.describe(): policy for policy in parse_policies(policies)}
+        chosen = {policy.describe(): policy for policy in parse_policies(policies, config.bundle)}
         if report is not None:
             _check_report(report, json_path)
         tasks = [load_task(name, data_dir) for name in dict.fromkeys(datasets)]

@@ -63,7 +63,9 @@ _STATIC_QUESTIONS = 20  # of the trace, whose exact loads a static division of t
     default="uniform",
     help="How orthogonal shares are divided: alike, once for all blocks, or anew for each block.",
 )
-@click.option("--policy", "policies", multiple=True, default=("exact", "wlr"), help="As for wdmoe-bs run.")
+@click.option(
+    "--policy", "policies", multiple=True, default=("exact", "wlr"), help="As for wdmoe-bs run; auto: bottleneck."
+)
 @click.option("--replicas", type=click.IntRange(min=1), default=1, help="Devices that hold each expert, at least.")
 @click.option("--questions", type=click.IntRange(min=1), help="Only the first ones of the trace.")
 @click.option("--cost-shape", callback=read_shape, default="4096x14336", metavar="DxF", help="Of an expert.")

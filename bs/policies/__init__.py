@@ -14,6 +14,8 @@ from wdmoe.bs.policies.wlr import Wlr, select_wlr
 from wdmoe.bs.routing import Ints, Plan, Routing
 
 __all__ = [
+    "AUTO",
+    "AUTO_LOSS",
     "POLICIES",
     "Bottleneck",
     "Capacity",
@@ -28,6 +30,7 @@ __all__ = [
     "Wlr",
     "option_fields",
     "parse_policy",
+    "resolve_auto",
     "select",
 ]
 
@@ -35,6 +38,11 @@ Policy = Exact | RoundRobin | Wlr | Ser | TopCut | Capacity | Bottleneck
 POLICIES: dict[str, type[Policy]] = {
     policy_name(policy): policy for policy in (Exact, Wlr, RoundRobin, Ser, TopCut, Capacity, Bottleneck)
 }
+AUTO = "auto"  # what users type for the best that is known for their bundle
+# Nats that a token may lose under `auto`. Of ten families of options, `bottleneck` with this loss and without
+# renormalisation gained most within the margin of the quality bar, on training text, the small model and the testbed's
+# modelled devices: scripts/bench/tune_policies.py finds it, docs/policies.md has the figures.
+AUTO_LOSS = 0.0075
 _NOTHING_KNOWN = Context()
 
 
@@ -48,6 +56,26 @@ def parse_policy(text: str) -> Policy:
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}, expected one of {', '.join(POLICIES)}")
     return POLICIES[name](**parse_options(name, POLICIES[name], rest))
+
+
+def resolve_auto(text: str, calibrated: bool) -> str:
+    """Return the policy that `auto` stands for, as `describe` names it; any other text as it is.
+
+    Args:
+        text: a policy as users type it.
+        calibrated: whether it is known what the blocks lose (`wdmoe-bs calibrate`), without which no loss can be kept to.
+
+    Raises:
+        ValueError: `auto` is given options.
+    """
+    name, colon, _ = text.partition(":")
+    if name != AUTO:
+        return text
+    if colon:
+        raise ValueError(
+            f"policy auto takes no options, got {text!r}; name the policy to choose them, as in bottleneck:loss=0.01"
+        )
+    return (Bottleneck(loss=AUTO_LOSS, renormalise=False) if calibrated else Bottleneck()).describe()
 
 
 def select(routing: Routing, owner: Ints, row_ms: Latencies, policy: Policy, context: Context = _NOTHING_KNOWN) -> Plan:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from wdmoe.bs.policies import Exact, Wlr, parse_policy, select
+from wdmoe.bs.policies import AUTO_LOSS, Bottleneck, Exact, Wlr, parse_policy, resolve_auto, select
 from wdmoe.bs.routing import Routing, pair_weights, pairs_used, route
 
 OWNER = np.array([0, 0, 1, 1, 2, 2, 3, 3])
@@ -137,6 +137,19 @@ def test_policies_are_read_as_typed_and_described_so_that_they_can_be_typed_agai
 def test_a_policy_that_cannot_be_meant_is_refused(text: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         parse_policy(text)
+
+
+def test_auto_keeps_to_a_loss_where_blocks_are_known_and_to_a_budget_elsewhere() -> None:
+    assert parse_policy(resolve_auto("auto", calibrated=True)) == Bottleneck(loss=AUTO_LOSS, renormalise=False)
+    assert resolve_auto("auto", calibrated=False) == "bottleneck"
+    for text in ("exact", "wlr:alpha=0.4", "automatic"):
+        assert resolve_auto(text, calibrated=True) == text
+
+
+@pytest.mark.parametrize("text", ["auto:", "auto:loss=0.02", "auto:renormalise=true"])
+def test_auto_takes_no_options(text: str) -> None:
+    with pytest.raises(ValueError, match=f"policy auto takes no options, got '{text}'; name the policy"):
+        resolve_auto(text, calibrated=True)
 
 
 def test_routing_chooses_as_softmax_and_topk_do() -> None:
