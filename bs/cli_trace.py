@@ -65,7 +65,7 @@ def trace(
                     )
             digests = {task.dataset: task.digest(limit) for task in tasks}
             placement = np.array([[holders[0] for holders in block] for block in station.manifest.placement])
-            info = trace_info(model, station.manifest.bundle_id, rows, digests)
+            info = trace_info(station, rows, digests)
             recorded = recorder.trace(info, placement)
         write_trace(out, recorded)
         tokens = recorded.probabilities.shape[1]

@@ -160,7 +160,9 @@ def simulate(
         for block in range(trace.n_blocks):
             routing = trace.routing(block, question)
             probabilities = trace.probabilities[block, trace.starts[question] : trace.starts[question + 1]]
-            context = Context(block, site.now(), probabilities=probabilities.astype(np.float32))
+            context = Context(
+                block, site.now(), probabilities=probabilities.astype(np.float32), sensitivity=trace.sensitivity(block)
+            )
             block_ms = _block_ms(routing, replicas[block], context, policy, result)
             waiting_ms += block_ms
             if site.cell is not None:

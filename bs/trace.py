@@ -12,14 +12,18 @@ import zipfile
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.bs.policies import Sensitivity
 from wdmoe.bs.routing import Floats, Ints, Routing, route
 from wdmoe.runtime.errors import DataError
+
+if TYPE_CHECKING:
+    from wdmoe.bs.station import Station
 
 TRACE_FORMAT, TRACE_VERSION = "wdmoe-trace", 1
 _SORT_UP_TO = 32  # beyond, sorting whole rows costs more than finding the largest first
@@ -37,6 +41,7 @@ class TraceInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     norm_top_k: bool
     datasets: dict[str, int]  # rows of each
     rows_digests: dict[str, str]  # SHA-256 over them
+    sensitivity: dict[str, tuple[Sensitivity, ...]] | None = None  # of each block, by kind of importance, if calibrated
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,11 @@ class Trace:
     def n_questions(self) -> int:
         """Questions, each of which ran as one microbatch."""
         return len(self.starts) - 1
+
+    def sensitivity(self, block: int) -> dict[str, Sensitivity] | None:
+        """Return what policies are told of a block, by kind of importance; None: the bundle was not calibrated."""
+        known = self.info.sensitivity
+        return None if known is None else {kind: blocks[block] for kind, blocks in known.items()}
 
     def routing(self, block: int, question: int | None = None) -> Routing:
         """Return the model's own choice in one block, of one question or of all tokens.
@@ -148,18 +158,18 @@ def read_trace(path: Path) -> Trace:
     return trace
 
 
-def trace_info(model: Any, bundle_id: str, datasets: dict[str, int], digests: dict[str, str]) -> TraceInfo:
+def trace_info(station: Station, datasets: dict[str, int], digests: dict[str, str]) -> TraceInfo:
     """Say where a trace comes from.
 
     Args:
-        model: `ModelSpec` of the manifest.
-        bundle_id: of the manifest.
+        station: which recorded it.
         datasets: rows of each.
         digests: SHA-256 over them.
     """
+    model, known = station.manifest.model, station.pipeline.sensitivity
     return TraceInfo(
-        TRACE_FORMAT, TRACE_VERSION, version("wdmoe"), model.name, bundle_id, model.top_k, model.norm_top_k,
-        datasets, digests,
+        TRACE_FORMAT, TRACE_VERSION, version("wdmoe"), model.name, station.manifest.bundle_id, model.top_k,
+        model.norm_top_k, datasets, digests, None if known is None else known.by_importance,
     )  # fmt: skip
 
 
@@ -173,6 +183,8 @@ def _misshapen(trace: Trace) -> str | None:
             return f"{name} has shape {array.shape}, expected {(blocks, experts)}"
     if starts.ndim != 1 or len(starts) < 2 or starts[0] != 0 or starts[-1] != tokens or (np.diff(starts) <= 0).any():
         return f"starts do not ascend from 0 to {tokens}"
+    if any(len(known) != blocks for known in (trace.info.sensitivity or {}).values()):
+        return f"its sensitivity does not speak of {blocks} blocks"
     if not 1 <= trace.info.top_k <= experts:
         return f"top_k is {trace.info.top_k} of {experts} experts"
     return None

@@ -98,7 +98,7 @@ class Options:
         if known is None:
             raise ValueError(
                 f"{self.describe()}: this bundle was not calibrated for loss= with importance={self.importance}; "
-                "run wdmoe-bs calibrate, or give a budget"
+                "run wdmoe-bs calibrate (then record traces again), or give a budget"
             )
         return np.float32(known.nats) * pairs * pairs, self.loss * known.share * len(importance)
 

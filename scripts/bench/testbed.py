@@ -142,18 +142,19 @@ def placed_bundle(model: str, testbed: Testbed) -> Iterator[Path]:
             checkpoint, _ = find_checkpoint(model, progress)
         config = ExportConfig(Path(scratch) / "bundle", experts_per_device=testbed.experts_per_device)
         export_bundle(plan_export(checkpoint, model, config), config)
-        place_sensitivity(config.out / "bs")
+        if not place_sensitivity(config.out / "bs"):
+            progress(f"no {SENSITIVITY.name} of this bundle; policies with loss= need scripts/bench/tune_policies.py")
         yield config.out
 
 
-def place_sensitivity(folder: Path, source: Path = SENSITIVITY) -> None:
+def place_sensitivity(folder: Path, source: Path = SENSITIVITY) -> bool:
     """Put what was calibrated for the pinned model beside its manifest; of another model it is worth nothing."""
-    if source.exists():
-        of_bundle = json.loads(source.read_text())["bundle_id"]
-        if of_bundle == read_manifest(folder, BsManifest).bundle_id:
-            (folder / SENSITIVITY_NAME).write_bytes(source.read_bytes())
-        else:
-            progress(f"{source.name} is of another bundle; policies with loss= need scripts/bench/tune_policies.py")
+    if not source.exists():
+        return False
+    if json.loads(source.read_text())["bundle_id"] != read_manifest(folder, BsManifest).bundle_id:
+        return False
+    (folder / SENSITIVITY_NAME).write_bytes(source.read_bytes())
+    return True
 
 
 def one_at_a_time(
@@ -280,7 +281,7 @@ def fitted_shares(bundle: Path, testbed: Testbed, text: str) -> dict[str, list[f
             part = pack_sequence("fit", ids[start : start + FIT_TOKENS], cache, model.sliding_window)
             list(station.pipeline.run([part], Exact()))
         placement = np.array([[holders[0] for holders in block] for block in station.manifest.placement])
-        trace = recorder.trace(trace_info(model, station.manifest.bundle_id, {}, {}), placement)
+        trace = recorder.trace(trace_info(station, {}, {}), placement)
     shares: dict[str, list[float]] = {}
     for efficiency in testbed.efficiencies:
         links = testbed.arm(efficiency, "shared").profiles

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from scripts.bench.testbed import CONFIG, Testbed, read_testbed
+from scripts.bench.testbed import CONFIG, Testbed, place_sensitivity, read_testbed
 from scripts.experiments._frame import (
     ROOT,
     TINY,
@@ -29,6 +29,7 @@ from scripts.experiments._frame import (
     write_whole,
 )
 from wdmoe.bs.airtime import LatencyModel, latency_model
+from wdmoe.bs.calibrating import WINDOW, measure_sensitivity
 from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.experiment import load_tokenizer
 from wdmoe.bs.latency import DeviceLatency
@@ -37,6 +38,7 @@ from wdmoe.bs.policies import Exact, Policy, parse_policy
 from wdmoe.bs.quality import kl_divergence
 from wdmoe.bs.questions import Choice, Question
 from wdmoe.bs.records import Record, Summary, summarise
+from wdmoe.bs.sensitivity import write_sensitivity
 from wdmoe.bs.station import Station
 from wdmoe.bs.trace import Recorder, Trace, read_trace, trace_info, write_trace
 from wdmoe.bs.virtual import in_this_process, open_virtual_station
@@ -52,6 +54,7 @@ SAMPLE = ROOT / "bs" / "data" / "piqa-sample.jsonl"
 CONTEXT_TOKENS, SCORED_TOKENS = 16, 48  # of a window of text: about as long as a question of PIQA
 _CHARACTERS = 8 * (CONTEXT_TOKENS + SCORED_TOKENS)  # that are tokenised for a window
 _CALIBRATION_TOKENS = 4096
+_SENSITIVITY_TOKENS = 1024  # which are read once for each block
 
 
 def texts(settings: Settings) -> dict[str, str]:
@@ -66,7 +69,10 @@ def texts(settings: Settings) -> dict[str, str]:
 
 
 def bundle(settings: Settings, experts_per_device: int = TESTBED.experts_per_device) -> Path:
-    """Return a bundle of the model, exported and calibrated on the text where there is none yet."""
+    """Return a bundle of the model, exported and calibrated on the text where there is none yet.
+
+    What its blocks mind is the testbed's where the testbed's model is asked for, else it is measured on the text.
+    """
     settings.work.mkdir(parents=True, exist_ok=True)
     if settings.model == TINY:
         import tiny
@@ -90,8 +96,28 @@ def bundle(settings: Settings, experts_per_device: int = TESTBED.experts_per_dev
         calibrate_bundle(partial, files, _CALIBRATION_TOKENS // (8 if settings.short else 1))
         for file in files:
             file.unlink()
+        if not place_sensitivity(partial / "bs"):
+            _measure_sensitivity(settings, partial, text)
         partial.replace(target)
     return target
+
+
+def _measure_sensitivity(settings: Settings, folder: Path, text: dict[str, str]) -> None:
+    progress("measuring what leaving experts out costs in each block")
+    tokens = WINDOW if settings.short else _SENSITIVITY_TOKENS
+    of_file = -(-tokens // len(text))
+    with open_virtual_station(_config(folder), in_this_process(folder), lambda line: None) as station:
+        tokenizer = load_tokenizer(station)
+        ids: list[int] = []
+        for content in text.values():
+            begin = content[: of_file * _CHARACTERS // (CONTEXT_TOKENS + SCORED_TOKENS)]
+            ids += tokenizer.encode(begin, add_special_tokens=False).ids[:of_file]
+        write_sensitivity(station.folder, measure_sensitivity(station.pipeline, station.manifest, ids[:tokens]))
+
+
+def _config(folder: Path) -> StationConfig:
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    return StationConfig(folder, wire=TESTBED.wire, threads=threads)
 
 
 def open_arm(
@@ -105,9 +131,7 @@ def open_arm(
         experts_per_device: of each block.
     """
     folder = bundle(settings, experts_per_device)
-    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
-    config = StationConfig(folder, wire=TESTBED.wire, threads=threads)
-    return open_virtual_station(config, in_this_process(folder) if arm is None else arm, lambda line: None)
+    return open_virtual_station(_config(folder), in_this_process(folder) if arm is None else arm, lambda line: None)
 
 
 def windows(settings: Settings, station: Station, count: int) -> list[Question]:
@@ -218,7 +242,7 @@ def trace(settings: Settings, count: int) -> Trace:
             for window in windows(settings, station, count):
                 list(station.pipeline.run([pack_questions([window], model.sliding_window)], Exact()))
             placement = np.array([[holders[0] for holders in block] for block in station.manifest.placement])
-            info = trace_info(model, station.manifest.bundle_id, {"text": count}, {})
+            info = trace_info(station, {"text": count}, {})
             write_trace(path, recorder.trace(info, placement))
     return read_trace(path)
 

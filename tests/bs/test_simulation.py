@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -15,7 +16,7 @@ from wdmoe.bs.airtime import LatencyModel, latency_model
 from wdmoe.bs.cli import main
 from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.latency import DeviceLatency
-from wdmoe.bs.policies import Exact, Wlr, parse_policy
+from wdmoe.bs.policies import Exact, Sensitivity, Wlr, parse_policy
 from wdmoe.bs.questions import Choice, Question
 from wdmoe.bs.radio import Cell, RadioConfig
 from wdmoe.bs.routing import Routing
@@ -59,6 +60,19 @@ def four(curve: tuple[tuple[int, float], ...] = ((1, 2.0), (64, 2.0))) -> Latenc
 
 def site(trace: Trace, bandwidth: Bandwidth = "shared") -> Site:
     return Site(four(), holders_of(trace.placement), bandwidth, stage_ms=0.5)
+
+
+def test_a_loss_is_kept_to_where_the_bundle_was_calibrated() -> None:
+    trace = invented()
+    policy = parse_policy("bottleneck:loss=0.01")
+    with pytest.raises(ValueError, match=r"not calibrated .* record traces again"):
+        simulate(trace, site(trace), policy)
+    dropped = []
+    for nats in (1e-3, 0.1, 1e3):
+        known = {"weight": (Sensitivity(nats, 1 / 3),) * 3}
+        told = replace(trace, info=msgspec.structs.replace(trace.info, sensitivity=known))
+        dropped.append(simulate(told, site(trace), policy).summary()["dropped_share"])
+    assert dropped[0] > dropped[1] > dropped[2] == 0
 
 
 @pytest.mark.parametrize("bandwidth", ["shared", "uniform", "per-block"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -11,7 +12,7 @@ from click.testing import CliRunner
 from wdmoe.bs.cli import main
 from wdmoe.bs.config import StationConfig
 from wdmoe.bs.microbatch import pack_questions
-from wdmoe.bs.policies import Exact
+from wdmoe.bs.policies import Exact, Sensitivity
 from wdmoe.bs.questions import Choice, Question
 from wdmoe.bs.routing import Routing, route
 from wdmoe.bs.trace import Recorder, TraceInfo, read_trace, write_trace
@@ -49,6 +50,19 @@ def test_what_is_read_routes_as_what_was_recorded(tmp_path: Path) -> None:
     np.testing.assert_array_equal(trace.counts, counts)
     assert trace.routing(0).experts.shape == (36, 2)
     assert not (tmp_path / "t.npz.partial").exists()
+
+
+def test_what_blocks_mind_is_kept_for_simulations(tmp_path: Path) -> None:
+    known = {"weight": tuple(Sensitivity(0.5 + block, 0.25) for block in range(4))}
+    info = msgspec.structs.replace(INFO, sensitivity=known)
+    write_trace(tmp_path / "t.npz", recorded(invented()).trace(info, np.zeros((4, 8), np.int64)))
+    assert read_trace(tmp_path / "t.npz").sensitivity(2) == {"weight": Sensitivity(2.5, 0.25)}
+    assert recorded(invented()).trace(INFO, np.zeros((4, 8), np.int64)).sensitivity(2) is None
+
+    short = msgspec.structs.replace(INFO, sensitivity={"weight": known["weight"][:3]})
+    write_trace(tmp_path / "t.npz", recorded(invented()).trace(short, np.zeros((4, 8), np.int64)))
+    with pytest.raises(DataError, match="its sensitivity does not speak of 4 blocks"):
+        read_trace(tmp_path / "t.npz")
 
 
 def test_a_question_that_was_broken_off_is_left_out() -> None:
