@@ -106,7 +106,7 @@ def test_troubles_show_where_they_are_planted(work: Path) -> None:
     for what, known in (("half as fast", "told"), ("twice as fast", "not corrected")):
         assert under(found["profile"][what][known], "bottleneck")["latency_over_exact"][0] <= 1.001
     half, twice = (
-        under(found["profile"][what]["told"], "wlr")["latency_ms"] for what in ("half as fast", "twice as fast")
+        under(found["profile"][what]["told"], "bottleneck")["latency_ms"] for what in ("half as fast", "twice as fast")
     )
     assert min(half) > max(twice) * 0.9 and sum(half) > sum(twice)
     exact = found["slow_down"]["exact"]
