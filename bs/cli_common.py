@@ -123,7 +123,7 @@ def read_in_flight(context: click.Context, parameter: click.Parameter, text: str
 
 
 def throughput_options(function: AnyFunction) -> AnyFunction:
-    """Add --batch and --in-flight."""
+    """Add --batch, --in-flight and --stage-workers."""
     return _with_options(
         function,
         click.option(
@@ -139,6 +139,14 @@ def throughput_options(function: AnyFunction) -> AnyFunction:
             metavar="N|auto",
             help="Microbatches at a time: more raises throughput over slow links, and the latency of each question; auto: as "
             "many as keep the busiest of stages, links and devices at work. 1 is best for the latency of one.",
+        ),
+        click.option(
+            "--stage-workers",
+            type=click.IntRange(min=1),
+            default=DEFAULTS.stage_workers,
+            metavar="N",
+            help="Stages computed at a time, each of another microbatch in flight and with --threads of its own: on N cores "
+            "N workers of one thread give more throughput than one of N threads.",
         ),
     )
 

@@ -146,4 +146,6 @@ def open_any_station(config: StationConfig, virtual: VirtualConfig | None) -> Ab
         raise ValueError(
             "--stages-on is for real time; leave it out with --clock virtual, where --stage-ms says it all"
         )
+    if config.stage_workers != 1:
+        raise ValueError("--stage-workers is for real time; leave it out with --clock virtual, which has one")
     return open_virtual_station(config, virtual, say)

@@ -29,6 +29,9 @@ class StationConfig:
     keys: Path = field(default_factory=default_keys_dir)
     wire: Wire = "fp16"
     threads: int = os.cpu_count() or 1
+    stage_workers: int = (
+        1  # stages at a time, each of another microbatch; more raises throughput with several in flight
+    )
     stages_on: StagesOn = "cpu"
     in_flight: InFlight = 1  # microbatches; more raises throughput over slow links, and the latency of each question
     batch: int = 1  # questions in a microbatch; more raises throughput, and the latency of each question
@@ -46,9 +49,11 @@ class StationConfig:
             raise ValueError(f"--listen is {self.listen!r}, expected tcp://ADDRESS:PORT")
         if self.insecure and self.encrypt:
             raise ValueError("--insecure and --encrypt contradict each other")
-        for name in ("threads", "in_flight", "batch"):
+        for name in ("threads", "stage_workers", "in_flight", "batch"):
             if (value := getattr(self, name)) != "auto" and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+        if self.stage_workers > 1 and self.stages_on != "cpu":
+            raise ValueError(f"--stage-workers is {self.stage_workers}, but stages on a GPU run one at a time")
         if not self.wait_s > 0:
             raise ValueError(f"--wait is {self.wait_s}, expected more than 0 seconds")
         if self.bs_holds not in ("all", "none") and not (self.bs_holds.isdecimal() and int(self.bs_holds) > 0):

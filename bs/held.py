@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from wdmoe.runtime.messages import ExpertRequest, Rows
 
 
 class HeldExperts:
-    """Experts that the base station runs itself; belongs to one thread at a time.
+    """Experts that the base station runs itself; one request at a time, whoever asks.
 
     What is kept was loaded at the start (`--bs-experts`). Of the rest any can be asked for (`--bs-holds`): it is loaded when
     it is needed, and of more than `limit` the oldest is given up.
@@ -43,6 +44,7 @@ class HeldExperts:
         self._folder = bs_folder.parent / "experts"
         self._hashes = manifest.experts
         self._limit = limit
+        self._one_at_a_time = threading.Lock()
         self._loaded: OrderedDict[tuple[int, int], NumpyEngine] = OrderedDict()
         self.kept = kept
         self.latency = None if kept is None else LatencyTracker(kept.profile)  # of what is kept
@@ -88,7 +90,8 @@ class HeldExperts:
 
     def answer(self, request: ExpertRequest, rows: Rows) -> Rows:
         """Do what a device would do with a request."""
-        return weighted_sums(self, request, rows)
+        with self._one_at_a_time:
+            return weighted_sums(self, request, rows)
 
     def _load(self, block: int, expert: int) -> NumpyEngine:
         expected = self._hashes[block][expert]

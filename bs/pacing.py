@@ -37,17 +37,18 @@ class Cost:
     busy_ms: Mapping[str, float]  # how long each resource works for it
 
 
-def cost_of_block(stage_ms: float, requests: Sequence[Request], medium: Medium = "own") -> Cost:
+def cost_of_block(stage_ms: float, requests: Sequence[Request], medium: Medium = "own", stage_workers: int = 1) -> Cost:
     """Say what a block costs.
 
     Args:
         stage_ms: what the base station computes for it.
         requests: of the devices that are asked; none for the head.
         medium: what the links are; a band or channel that all share is one resource.
+        stage_workers: stages that are computed at a time.
     """
     halves = [(r.air_ms / 2, r.round_trip_ms / 2, r.compute_ms, r.air_ms / 2) for r in requests]
     finish_ms, _ = few_finish_ms(halves, medium)
-    busy_ms = {STAGES_BUSY: stage_ms} | {r.device: r.compute_ms for r in requests}
+    busy_ms = {STAGES_BUSY: stage_ms / stage_workers} | {r.device: r.compute_ms for r in requests}
     if medium == "own":
         busy_ms |= {f"air to {r.device}": r.air_ms for r in requests}
     else:

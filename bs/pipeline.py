@@ -9,6 +9,7 @@ back costs two switches of thread in every block, and a heartbeat can wait for i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -129,6 +130,7 @@ class Pipeline:
         trace: Trace | None = None,
         medium: Medium = "own",
         on_dispatch: Callable[[Sequence[Shipment]], Sequence[int]] = lambda shipments: range(len(shipments)),
+        stage_workers: int = 1,
     ) -> None:
         """Put the parts together.
 
@@ -143,6 +145,7 @@ class Pipeline:
             trace: collects a timeline.
             medium: what the devices' links are, for the latency model.
             on_dispatch: told what one microbatch is to send in one block; returns in which order.
+            stage_workers: how many jobs the worker runs at a time.
         """
         self._trace = trace
         self._hub = hub
@@ -161,6 +164,7 @@ class Pipeline:
         self._flights: list[Flight] = []
         self._landed: list[Flight] = []
         self.pacing = Pacing()
+        self._stage_workers = stage_workers
         self._uncosted: list[tuple[float, list[Shipment]]] = []  # steps, how long each took, that pacing does not know
         self._known_workers: dict[tuple[int, bool, bool], Workers] = {}  # while nobody comes, goes or fails
         self._known_at = self._served_at = (-1, -1)
@@ -252,7 +256,8 @@ class Pipeline:
     def _learn(self) -> None:
         """Let pacing know what the last steps cost; while what they sent is on its way."""
         for step_ms, shipments in self._uncosted:
-            self.pacing.note(cost_of_block(step_ms, self._asked(shipments), self._medium_of(shipments)))
+            asked, medium = self._asked(shipments), self._medium_of(shipments)
+            self.pacing.note(cost_of_block(step_ms, asked, medium, self._stage_workers))
         self._uncosted.clear()
 
     def _asked(self, shipments: Sequence[Shipment]) -> list[Request]:
@@ -321,7 +326,7 @@ class Pipeline:
             case Shared(rows=rows):
                 flight.shared_ms = took_ms
                 flight.record.shared_ms += took_ms
-                self.pacing.note(Cost(0.0, {STAGES_BUSY: took_ms}))  # while the rows are on the air
+                self.pacing.note(Cost(0.0, {STAGES_BUSY: took_ms / self._stage_workers}))  # while rows are on the air
                 flight.shared, flight.shared_pending = rows, False
                 flight.stage_done_s = now_s
                 self._continue_if_complete(flight, policy)
@@ -392,7 +397,7 @@ class Pipeline:
     def _note(self, flight: Flight, what: str, started_s: float) -> None:
         """Tell the trace what the worker did since."""
         if self._trace is not None:
-            self._trace.add(STAGES, f"{what} of {flight.microbatch.name}", started_s, self._hub.clock.now_s())
+            self._trace.add(_track(), f"{what} of {flight.microbatch.name}", started_s, self._hub.clock.now_s())
 
     def _run_held(self, request: ExpertRequest, rows: Rows, record: BlockRecord, take: Callable[[Rows], None]) -> None:
         held = self._held
@@ -403,7 +408,7 @@ class Pipeline:
             started_s = self._hub.clock.now_s()
             sums = held.answer(request, rows)
             if self._trace is not None:
-                self._trace.add(STAGES, f"own experts of block {request.block}", started_s, self._hub.clock.now_s())
+                self._trace.add(_track(), f"own experts of block {request.block}", started_s, self._hub.clock.now_s())
             return None, Held(sums, take, request, record, predicted_ms)
 
         self._worker.submit(job, predicted_ms is not None and self._is_short(predicted_ms))
@@ -547,3 +552,9 @@ class Pipeline:
             probabilities=route(router_logits, self._model.n_experts, normalise=False).by_expert(),
         )
         return select(routing, owner, row_ms(latencies, counts, owner), policy, context)
+
+
+def _track() -> str:
+    """Say on which track of a timeline this thread works: each worker of the stages has one of its own."""
+    name = threading.current_thread().name
+    return name if name.startswith(STAGES) else STAGES

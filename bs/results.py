@@ -66,6 +66,7 @@ def describe_station(station: Station, command: str) -> dict[str, Any]:
         "in_flight": config.in_flight,
         "batch": config.batch,
         "threads": config.threads,
+        "stage_workers": config.stage_workers,
         "stages_on": station.pipeline.stages_on,
         "devices": devices,
         "bs_experts": describe_kept(station),
@@ -274,6 +275,7 @@ def circumstances(result: dict[str, Any]) -> dict[str, Any]:
         "in flight": result["in_flight"],
         "batch": result["batch"],
         "threads": result["threads"],
+        "stage workers": result.get("stage_workers", 1),
         "experts at the base station": _own_words(result["bs_experts"]),
         "stages on": result["stages_on"],
         "devices": [

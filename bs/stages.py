@@ -45,7 +45,7 @@ class Routed:
 
 
 class StationStages(Protocol):
-    """The stages of a model on one kind of processor; belong to one thread at a time."""
+    """The stages of a model on one kind of processor; those on a GPU belong to one thread at a time."""
 
     on: str  # cpu or cuda
 

@@ -16,7 +16,7 @@ from wdmoe.bs.pipeline import Outcome, Pipeline
 from wdmoe.bs.roster import BS_KEY_NAME, ROSTER_NAME, FileRoster
 from wdmoe.bs.sensitivity import read_sensitivity
 from wdmoe.bs.stages import open_stages
-from wdmoe.bs.tracing import Trace
+from wdmoe.bs.tracing import STAGES, Trace
 from wdmoe.runtime.clock import RealClock
 from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.keys import read_key
@@ -78,12 +78,14 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
         say(f"connected: {introduced(hub)}")
 
         def make_worker(wake: Callable[[], None]) -> Worker[Outcome]:
-            return ThreadWorker("stages", wake)
+            return ThreadWorker(STAGES, wake, config.stage_workers)
 
         skip_lost = config.when_lost == "skip"
         trace = Trace() if config.trace is not None else None
         held = held_experts(config, folder, manifest, kept)
-        pipeline = Pipeline(hub, stages, manifest, make_worker, config.wire, held, skip_lost, trace)
+        pipeline = Pipeline(
+            hub, stages, manifest, make_worker, config.wire, held, skip_lost, trace, stage_workers=config.stage_workers
+        )
         pipeline.sensitivity = read_sensitivity(folder, manifest)
         with ExitStack() as stack:
             if trace is not None and config.trace is not None:

@@ -24,7 +24,7 @@ class Done(Generic[Result]):
 
 
 class Worker(Protocol[Result]):
-    """Runs jobs one after another, in the order they were submitted."""
+    """Runs jobs, begun in the order they were submitted; with one thread, ended in it too."""
 
     def submit(self, job: Callable[[], Result], short: bool = False) -> None:
         """Queue a job; a short one may be run by `finished`, on its caller's thread, without two switches of thread."""
@@ -35,11 +35,11 @@ class Worker(Protocol[Result]):
         ...
 
     def finished(self) -> list[Done[Result]]:
-        """Run what is due here; take what has ended since the last call, in the order it was submitted."""
+        """Run what is due here; take what has ended since the last call, in the order it ended."""
         ...
 
     def abandon(self) -> None:
-        """Drop what waits, let the running job end, forget its result: the next `finished` is of later jobs."""
+        """Drop what waits, let what runs end, forget its result: the next `finished` is of later jobs."""
         ...
 
     def close(self) -> None:
@@ -48,22 +48,26 @@ class Worker(Protocol[Result]):
 
 
 class ThreadWorker(Generic[Result]):
-    """Runs jobs on one thread of its own, `on_done` is called from it after each; short ones on its owner's.
+    """Runs jobs on threads of its own, `on_done` is called from them after each; short ones on its owner's.
 
-    Never two at a time: while the thread has work, short jobs queue there as well.
+    Never more at a time than it has threads: while these have work, short jobs queue there as well.
     """
 
-    def __init__(self, name: str, on_done: Callable[[], None]) -> None:
+    def __init__(self, name: str, on_done: Callable[[], None], threads: int = 1) -> None:
         self._jobs: queue.SimpleQueue[tuple[int, Callable[[], Result]] | None] = queue.SimpleQueue()
         self._here: deque[Callable[[], Result]] = deque()  # to be run by `finished`
-        self._out = 0  # jobs of the thread whose result was not taken
+        self._out = 0  # jobs of the threads whose result was not taken
         self._done: deque[Done[Result]] = deque()
         self._round = 0  # jobs of an earlier one are abandoned
-        self._busy = threading.Lock()  # while a job runs
+        self._busy = [threading.Lock() for _ in range(threads)]  # of each thread, while it runs a job
         self._closing = False
         self._on_done = on_done
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, args=(busy,), name=name if n == 0 else f"{name}-{n}", daemon=True)
+            for n, busy in enumerate(self._busy)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, job: Callable[[], Result], short: bool = False) -> None:
         """Queue a job."""
@@ -85,28 +89,31 @@ class ThreadWorker(Generic[Result]):
         self._out -= len(taken)
         while self._here:
             taken.append(run_job(self._here[0]))
-            self._here.popleft()  # only now: until it has ended, nothing goes to the thread
+            self._here.popleft()  # only now: until it has ended, nothing goes to a thread
         return taken
 
     def abandon(self) -> None:
-        """Drop what waits, let the running job end, forget its result."""
+        """Drop what waits, let what runs end, forget its result."""
         self._round += 1
-        if self._busy.acquire(timeout=_ABANDON_WAIT_S):
-            self._busy.release()
+        for busy in self._busy:
+            if busy.acquire(timeout=_ABANDON_WAIT_S):
+                busy.release()
         self._done.clear()
         self._here.clear()
         self._out = 0
 
     def close(self) -> None:
-        """Let the running job end, drop the others."""
+        """Let what runs end, drop the rest."""
         self._closing = True
-        self._jobs.put(None)
-        self._thread.join(timeout=10)
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(timeout=10)
 
-    def _run(self) -> None:
+    def _run(self, busy: threading.Lock) -> None:
         while (queued := self._jobs.get()) is not None and not self._closing:
             submitted, job = queued
-            with self._busy:
+            with busy:
                 if submitted != self._round:
                     continue
                 done = run_job(job)

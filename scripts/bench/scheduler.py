@@ -24,7 +24,7 @@ sys.path += [str(ROOT / "tests"), str(ROOT)]
 from devices import random_model
 
 from scripts.bench._environment import CpuUse, environment, progress, write_json
-from scripts.bench.simulator import simulation_s
+from scripts.bench.simulator import SENSITIVITY, simulation_s
 from wdmoe.bs.allocation import Radio
 from wdmoe.bs.deciding import Division, decide, make_band
 from wdmoe.bs.policies import Context, parse_policy
@@ -46,6 +46,10 @@ POLICIES = (
     "bottleneck",
     "bottleneck:budget=0.4",
     "bottleneck:budget=0.4,protect=false",
+    "wlr:loss=0.01",
+    "top-cut:pairs=true,loss=0.01",
+    "capacity:loss=0.01",
+    "bottleneck:loss=0.01,renormalise=false",
 )
 _ROUTINGS = 16
 _WARM_UP = 3
@@ -118,7 +122,8 @@ def ask(rng: np.random.Generator, tokens: int) -> tuple[Routing, Context]:
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     holders = np.eye(N_EXPERTS, N_DEVICES, dtype=np.bool_) | np.eye(N_EXPERTS, N_DEVICES, 1, dtype=np.bool_)
     norms = rng.uniform(0.5, 2.0, N_EXPERTS).astype(np.float32)
-    return route(logits, TOP_K, normalise=True), Context(holders=holders, probabilities=probabilities, norms=norms)
+    context = Context(holders=holders, probabilities=probabilities, norms=norms, sensitivity={"weight": SENSITIVITY})
+    return route(logits, TOP_K, normalise=True), context
 
 
 def timed(*decision: Any) -> float:

@@ -144,6 +144,7 @@ class WithoutSharing:
 @click.option("--rows", type=click.IntRange(min=1), default=200, show_default=True, help="The first rows of the set.")
 @click.option("--threads", "threads", type=int, multiple=True, default=(1, 2), show_default=True,
               help="Of the stages; of everything in one process. Tried.")  # fmt: skip
+@click.option("--stage-workers", type=int, multiple=True, default=(2, 1), show_default=True, help="Tried, distributed.")
 @click.option(
     "--device-threads", type=int, multiple=True, default=(1, 2), show_default=True, help="Of an engine. Tried."
 )
@@ -153,7 +154,7 @@ class WithoutSharing:
     "in_flights",
     type=int,
     multiple=True,
-    default=(2, 1, 4),
+    default=(3, 2, 4),
     show_default=True,
     help="Tried, distributed.",
 )
@@ -172,6 +173,7 @@ def main(
     model: str,
     rows: int,
     threads: tuple[int, ...],
+    stage_workers: tuple[int, ...],
     device_threads: tuple[int, ...],
     batches: tuple[int, ...],
     in_flights: tuple[int, ...],
@@ -188,8 +190,8 @@ def main(
         config = ExportConfig(Path(scratch) / "bundle", devices=DEVICES)
         export_bundle(plan_export(checkpoint, name, config), config)
         tried = {
-            "threads": threads, "device_threads": device_threads, "batch": batches, "in_flight": in_flights,
-            "transport": transports,
+            "threads": threads, "stage_workers": stage_workers, "device_threads": device_threads, "batch": batches,
+            "in_flight": in_flights, "transport": transports,
         }  # fmt: skip
         distributed = search(
             tried, lambda settings: run_distributed(config.out, Path(scratch), data_dir, rows, settings)
@@ -261,6 +263,7 @@ def run_distributed(bundle: Path, scratch: Path, data_dir: Path, rows: int, sett
     out.unlink(missing_ok=True)
     options = ["--bundle", bundle, "--listen", address, "--dataset", DATASET, "--data-dir", data_dir, "--limit", rows]
     options += ["--policy", "exact", "--wire", "fp32", "--threads", settings["threads"]]
+    options += ["--stage-workers", settings["stage_workers"]]
     options += ["--batch", settings["batch"], "--in-flight", settings["in_flight"], "--json", out]
     with device_processes(bundle, address, ["--threads", settings["device_threads"]]) as devices:
         cpu = CpuUse([device.pid for device in devices])

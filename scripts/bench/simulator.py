@@ -22,13 +22,14 @@ sys.path += [str(ROOT)]
 from scripts.bench._environment import environment, progress, write_json
 from wdmoe.bs.airtime import latency_model
 from wdmoe.bs.latency import DeviceLatency
-from wdmoe.bs.policies import parse_policy
+from wdmoe.bs.policies import Sensitivity, parse_policy
 from wdmoe.bs.radio import Cell, RadioConfig
 from wdmoe.bs.simulation import Bandwidth, Site, simulate, spread
 from wdmoe.bs.trace import Trace, TraceInfo
 from wdmoe.profiles.modelled import ExpertShape, hardware_names, modelled_profile
 
 BAR_S = 1.0
+SENSITIVITY = Sensitivity(0.02, 0.03)  # of a block: about what the small model's mind
 DEVICES, BLOCKS, TOKENS, EXPERTS, TOP_K = 1000, 32, 1000, 128, 8
 MEDIA: tuple[Bandwidth, ...] = ("shared", "uniform", "per-block")
 
@@ -38,7 +39,18 @@ def invented_trace(blocks: int, tokens: int, experts: int, top_k: int, seed: int
     rng = np.random.default_rng(seed)
     odds = rng.gamma(0.3, size=(blocks, tokens, experts))
     probabilities = (odds / odds.sum(axis=2, keepdims=True)).astype(np.float16)
-    info = TraceInfo("wdmoe-trace", 1, "bench", "invented", "0" * 64, top_k, True, {"invented": 1}, {})
+    info = TraceInfo(
+        "wdmoe-trace",
+        1,
+        "bench",
+        "invented",
+        "0" * 64,
+        top_k,
+        True,
+        {"invented": 1},
+        {},
+        {"weight": (SENSITIVITY,) * blocks},
+    )
     nothing = np.zeros((blocks, experts), np.int64)
     return Trace(info, probabilities, np.array([0, tokens]), nothing, nothing)
 
