@@ -88,12 +88,19 @@ def experiment(
     @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw it.")
     @click.option("--model", default=SMALL_MODEL, show_default=True, help="Or tiny: a random one.")
     @click.option("--work", type=click.Path(path_type=Path), default=WORK, help="Keeps what experiments share.")
+    @click.option(
+        "--values",
+        "source",
+        type=click.Path(path_type=Path, exists=True, dir_okay=False),
+        help="Measure nothing: word and draw the values of this result.",
+    )
     @click.option("--short", is_flag=True, help="As little as shows that it works; the figures mean nothing.")
-    def command(json_path: Path | None, plot: Path | None, **told: Any) -> None:
+    def command(json_path: Path | None, plot: Path | None, source: Path | None, **told: Any) -> None:
         exit_on_sigterm()
         settings = Settings(**told)
         try:
-            values = json.loads(json.dumps(measure(settings), allow_nan=False))
+            measured = measure(settings) if source is None else json.loads(source.read_bytes())["values"]
+            values = json.loads(json.dumps(measured, allow_nan=False))
         except WdmoeError as error:
             raise click.ClickException(str(error)) from error
         result = {

@@ -226,7 +226,7 @@ def _percent(interval: Sequence[float]) -> str:
 
 def draw(values: Values, figure: Figure) -> None:
     """Draw latency over devices for each medium, and over copies."""
-    from matplotlib.ticker import LogFormatter, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import NullFormatter, ScalarFormatter, StrMethodFormatter
 
     figure.set_size_inches(11, 6.4)
     axes = figure.subplots(2, 3, sharex="row")
@@ -241,14 +241,13 @@ def draw(values: Values, figure: Figure) -> None:
                     [p["devices"] for p in some], [p["latency_mean_ms"] for p in some], "o", ms=3.5,
                     color=colour_of(name), markerfacecolor=fill,
                 )  # fmt: skip
-        above.set(xscale="log", yscale="log", title=medium, xlabel="devices")
+        above.set(xscale="log", yscale="log" if medium == "uniform" else "linear", title=medium, xlabel="devices")
         sizes = [point["devices"] for point in values["scale"][medium]["exact"]]
         above.set_xticks(sizes[:: max(1, len(sizes) // 4)])
-        for axis in (above.xaxis, above.yaxis):
-            axis.set_major_formatter(ScalarFormatter())
-            axis.set_minor_formatter(
-                NullFormatter() if axis is above.xaxis else LogFormatter(minor_thresholds=(2, 0.5))
-            )
+        above.xaxis.set_major_formatter(ScalarFormatter())
+        above.xaxis.set_minor_formatter(NullFormatter())
+        above.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        above.yaxis.set_minor_formatter(NullFormatter())
         for name, points in values["copies"][medium].items():
             if name == "exact":
                 continue
@@ -261,7 +260,7 @@ def draw(values: Values, figure: Figure) -> None:
         below.set(xlabel=f"devices for each expert, of {COPIES_ON}", xticks=COPIES)
     axes[0, 0].set_ylabel("ms a window (modelled)")
     axes[1, 0].set_ylabel("latency below exact's, %\n(modelled)")
-    axes[0, 0].legend(fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(
         "Scale: above hollow where experts do not fit the devices' memory; below 95 % intervals", fontsize=9
     )

@@ -201,7 +201,7 @@ def draw(values: Values, figure: Figure) -> None:
         place.axhline(even, color="#bbbbbb", lw=0.8)
         place.set_title(title)
         place.set_xticks(range(len(groups)), list(groups), rotation=35, ha="right")
-    axes[2].legend(fontsize=7)
+    figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
 
 
 main = experiment("Seven sets, code, sums and chat", measure, finding, draw)

@@ -287,7 +287,7 @@ def draw(values: Values, figure: Figure) -> None:
         place.set_xticks(range(len(groups)), [what.replace(" ", "\n", 1) for what in groups])
         place.axhline(1, color="#bbbbbb", lw=0.8)
         place.set_title(title)
-    damage.legend(fontsize=7)
+    figure.legend(*damage.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     cases = [(what, known) for what in TAKES for known in KNOWN]
     knowing = list(values["profile"][cases[0][0]]["told"])
     for number, name in enumerate(knowing):
