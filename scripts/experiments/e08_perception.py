@@ -200,6 +200,8 @@ def _pace(interval: Sequence[float], reading_s: float) -> str:
 
 
 def draw(values: Values, figure: Figure) -> None:
+    from matplotlib.ticker import NullFormatter
+
     figure.set_size_inches(10.5, 4.2)
     axes = figure.subplots(1, 2)
     links = list(values["links"])
@@ -212,6 +214,8 @@ def draw(values: Values, figure: Figure) -> None:
                 ls="none", ms=4,
             )  # fmt: skip
         place.set(yscale="log", title=f"seconds {title} (modelled)")
+        place.yaxis.set_major_formatter("{x:g}")
+        place.yaxis.set_minor_formatter("{x:g}" if key == "token" else NullFormatter())
         place.set_xticks(range(len(links)), [link.replace("-", "-\n", 1) for link in links], fontsize=8)
         place.set_xlim(-0.5, len(links) - 0.25)
     for limit, what in CLASSES:
