@@ -148,7 +148,7 @@ class WithoutSharing:
 @click.option(
     "--device-threads", type=int, multiple=True, default=(1, 2), show_default=True, help="Of an engine. Tried."
 )
-@click.option("--batch", "batches", type=int, multiple=True, default=(16,), show_default=True, help="Tried by ours.")
+@click.option("--batch", "batches", type=int, multiple=True, default=(32, 16), show_default=True, help="Tried by ours.")
 @click.option(
     "--in-flight",
     "in_flights",
