@@ -109,6 +109,15 @@ def within_budget(drop: Bools, importance: Floats, allowance: float) -> Bools:
     """
     if allowance == math.inf:
         return drop
+    if drop.ndim == 2 and len(drop) == 1:  # the same in plain Python, sooner
+        few, spent = np.zeros(drop.shape, np.bool_), 0.0
+        asked = zip(drop[0].tolist(), importance[0].tolist(), strict=True)
+        for cost, slot in sorted((cost, slot) for slot, (out, cost) in enumerate(asked) if out):
+            spent += cost
+            if spent > allowance:
+                break
+            few[0, slot] = True
+        return few
     at = np.flatnonzero(drop)
     of_each = importance.ravel()[at].astype(np.float64)
     order = np.argsort(of_each, kind="stable")
