@@ -19,6 +19,7 @@ from wdmoe.runtime.errors import WdmoeError
 
 if TYPE_CHECKING:
     from wdmoe.bs.policies import Policy
+    from wdmoe.bs.trace import Trace
 
 DEFAULTS = StationConfig()
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
@@ -167,37 +168,39 @@ def _with_options(function: AnyFunction, *options: Callable[[AnyFunction], AnyFu
     return function
 
 
-def parse_policies(texts: tuple[str, ...], bundle: Path | None = None) -> list[Policy]:
+def parse_policies(texts: tuple[str, ...], known: Path | Trace) -> list[Policy]:
     """Parse --policy, exact first; what cannot be parsed is a bad parameter. What `auto` stands for is told.
 
     Args:
         texts: as users type them.
-        bundle: whose calibration `auto` goes by; None: a trace, which has none.
+        known: bundle or trace whose calibration `auto` goes by.
     """
     from wdmoe.bs.policies import AUTO, parse_policy, resolve_auto
 
-    calibrated = AUTO in texts and bundle is not None and _is_calibrated(bundle)
+    calibrated = AUTO in texts and _is_calibrated(known)
     try:
         policies = [parse_policy(resolve_auto(text, calibrated)) for text in texts]
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--policy") from error
     if AUTO in texts:
         missing = (
-            "a trace does not say what each block loses"
-            if bundle is None
-            else f"{bundle} is not calibrated; wdmoe-bs calibrate measures, on a text of yours, what each block loses"
+            f"{known} is not calibrated; wdmoe-bs calibrate measures, on a text of yours, what each block loses"
+            if isinstance(known, Path)
+            else "the trace is of a bundle that was not calibrated; run wdmoe-bs calibrate, then record it again"
         )
         say(f"auto: {resolve_auto(AUTO, calibrated)}{'' if calibrated else f', with its default budget: {missing}'}")
     # Exact is the control: it goes first, so that the others can be compared with it.
     return sorted(policies, key=lambda policy: policy.describe() != "exact")
 
 
-def _is_calibrated(bundle: Path) -> bool:
+def _is_calibrated(known: Path | Trace) -> bool:
+    if not isinstance(known, Path):
+        return known.info.sensitivity is not None
     from wdmoe.bs.sensitivity import read_sensitivity
     from wdmoe.bs.station import bs_folder
     from wdmoe.runtime.manifest import BsManifest, read_manifest
 
-    folder = bs_folder(bundle)
+    folder = bs_folder(known)
     return read_sensitivity(folder, read_manifest(folder, BsManifest)) is not None
 
 

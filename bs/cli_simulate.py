@@ -88,7 +88,7 @@ def simulate(
         from wdmoe.bs.trace import read_trace
 
         trace = read_trace(trace_path)
-        chosen = {policy.describe(): policy for policy in parse_policies(policies)}
+        chosen = {policy.describe(): policy for policy in parse_policies(policies, trace)}
         questions = range(min(options.pop("questions") or trace.n_questions, trace.n_questions))
         results = []
         site, described = _build_site(trace, **options)

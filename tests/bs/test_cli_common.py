@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -13,7 +15,7 @@ from click.testing import CliRunner, Result
 from wdmoe.bs.cli import main
 from wdmoe.bs.policies import Sensitivity, resolve_auto
 from wdmoe.bs.sensitivity import FORMAT, VERSION, SensitivityFile, write_sensitivity
-from wdmoe.bs.trace import TRACE_FORMAT, TRACE_VERSION, Trace, TraceInfo, write_trace
+from wdmoe.bs.trace import TRACE_FORMAT, TRACE_VERSION, Trace, TraceInfo, read_trace, write_trace
 from wdmoe.runtime.manifest import SENSITIVITY_NAME, BsManifest, read_manifest
 
 CALIBRATED = resolve_auto("auto", calibrated=True)
@@ -106,12 +108,18 @@ def trace(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_simulation_has_no_calibration_to_go_by(trace: Path, tmp_path: Path) -> None:
+def test_a_simulation_goes_by_the_calibration_in_its_trace(trace: Path, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     done = invoke("simulate", "--trace", trace, "--devices", "orin-nx-8gb*4", "--policy", "auto", "--json", path)
     assert done.exit_code == 0, done.output
-    assert "auto: bottleneck, with its default budget: a trace does not say what each block loses" in done.stderr
+    assert "auto: bottleneck, with its default budget: the trace is of a bundle that was not calibrated" in done.stderr
     assert policies_of(path) == ["bottleneck"]
+
+    known = read_trace(trace)
+    mind = {"weight": (Sensitivity(0.02, 0.5),) * 2}
+    write_trace(trace, dataclasses.replace(known, info=msgspec.structs.replace(known.info, sensitivity=mind)))
+    done = invoke("simulate", "--trace", trace, "--devices", "orin-nx-8gb*4", "--policy", "auto", "--json", path)
+    assert f"auto: {CALIBRATED}\n" in done.stderr and policies_of(path) == [CALIBRATED]
 
 
 @pytest.mark.parametrize("command", ["run", "quality", "generate", "simulate"])
