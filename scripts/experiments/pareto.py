@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.append(str(Path(__file__).parents[2]))
 from scripts.experiments._frame import Settings, Values, colour_of, error_bars, experiment, progress, spell
@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 
 POLICIES = (
     *(f"wlr:gamma={gamma}" for gamma in (1.0, 1.05, 1.2)),
-    *(f"ser:t={t}" for t in (0.1, 0.2, 0.4)),
-    *(f"top-cut:budget={budget}" for budget in (0.05, 0.1, 0.2)),
-    *(f"capacity:factor={factor}" for factor in (1.0, 1.2, 1.5)),
-    *(f"bottleneck:budget={budget}" for budget in (0.02, 0.05, 0.1, 0.2)),
-    "bottleneck:importance=norm,budget=0.1",
+    *(f"ser:t={t}" for t in (0.2, 0.4)),
+    *(f"top-cut:budget={budget}" for budget in (0.05, 0.1)),
+    *(f"capacity:factor={factor}" for factor in (1.0, 1.2)),
+    *(f"bottleneck:budget={budget}" for budget in (0.05, 0.1)),
+    "wlr:alpha=1,loss=0.0075",
+    "top-cut:pairs=true,loss=0.0075",
+    "capacity:factor=0.6,loss=0.0075",
+    *(f"bottleneck:loss={loss},renormalise=false" for loss in (0.00375, 0.0075, 0.015)),
 )
 EFFICIENCY, MEDIA = "6:4:2", ("shared", "per-block")
 _TOP = 1.5  # perplexity ratio, beyond which a policy is only named at the edge
@@ -37,7 +40,7 @@ def measure(settings: Settings) -> Values:
     for medium in MEDIA:
         progress(f"pareto: {medium}")
         with open_arm(settings, TESTBED.arm(EFFICIENCY, medium)) as station:
-            policies = POLICIES[-4:-2] if settings.short else POLICIES
+            policies = POLICIES[9:11] if settings.short else POLICIES
             text = windows(settings, station, 2 if settings.short else 48)
             media[medium] = compared(read(station, policies, text))
     bars = {"perplexity_ratio": TESTBED.bars.perplexity_ratio, "divergence": TESTBED.bars.divergence}
@@ -82,13 +85,17 @@ def draw(values: Values, figure: Figure) -> None:
     for axes, (medium, arms) in zip(figure.subplots(1, 2, sharey=True), values["media"].items(), strict=True):
         families: dict[str, list[Values]] = {}
         for name, arm in arms.items():
-            families.setdefault(name.partition(":")[0], []).append(arm)
+            kind = name.partition(":")[0]
+            families.setdefault(f"{kind} with a loss" if "loss=" in name else kind, []).append(arm)
         for policy, members in families.items():
             ordered = sorted(members, key=lambda arm: arm["latency_ratio"][0])
             x = [arm["latency_ratio"][0] for arm in ordered]
             y = [[min(end, _TOP) for end in arm["perplexity_ratio"]] for arm in ordered]
-            style = {"marker": "*", "markersize": 11} if policy == "exact" else {"markersize": 4}
-            error_bars(axes, x, y, color=colour_of(policy), label=policy, linewidth=0.8, **style)
+            style: dict[str, Any] = {"marker": "*", "markersize": 11} if policy == "exact" else {"markersize": 4}
+            if policy.endswith("loss"):
+                style |= {"marker": "D", "markerfacecolor": "white", "linestyle": "--"}
+            colour = colour_of(policy.partition(" ")[0])
+            error_bars(axes, x, y, color=colour, label=policy, linewidth=0.8, **style)
         points = [(arm["latency_ratio"][0], min(arm["perplexity_ratio"][0], _TOP)) for arm in arms.values()]
         front = pareto_front(points)
         axes.step(
@@ -107,7 +114,7 @@ def draw(values: Values, figure: Figure) -> None:
         axes.set_title("one shared channel" if medium == "shared" else "bandwidth divided for each block", fontsize=9)
         axes.set_xlabel("latency, ratio to exact (modelled)")
     figure.axes[0].set_ylabel("perplexity, ratio to exact (real)")
-    figure.axes[1].legend(fontsize=8)
+    figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle("Three unequal emulated devices, a small real model: faster is left, better is down", fontsize=10)
 
 
