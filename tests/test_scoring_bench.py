@@ -33,6 +33,8 @@ def test_all_arms_answer_the_same_rows_alike(tmp_path: Path) -> None:
         2,
         "--threads",
         1,
+        "--stage-workers",
+        2,
         "--device-threads",
         1,
         "--batch",
@@ -50,7 +52,7 @@ def test_all_arms_answer_the_same_rows_alike(tmp_path: Path) -> None:
     assert result["answers"]["disagreements"] == 0 and result["answers"]["max_abs_ll_difference"] < 1e-3
     assert result["answers"]["single_process"]["max_abs_ll_difference"] < 1e-4
     ours, other = result["distributed"]
-    assert (ours["in_flight"], other["in_flight"]) == (1, 2)
+    assert (ours["in_flight"], other["in_flight"], ours["stage_workers"]) == (1, 2, 2)
     ours = min(ours, other, key=lambda run: float(run["wall_s"]))
     (single,), (theirs,) = result["single_process"], result["transformers"]
     assert ours["tokens"] == single["tokens"] == result["trie"]["tokens"] < result["trie"]["tokens_without"]
