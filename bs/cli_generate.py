@@ -28,6 +28,7 @@ from wdmoe.bs.cli_common import (
 )
 from wdmoe.bs.config import StationConfig
 from wdmoe.bs.sampling import Sampling
+from wdmoe.runtime.stopping import StopFlag
 
 if TYPE_CHECKING:
     from wdmoe.bs.chat import Conversation
@@ -185,7 +186,7 @@ def _keep_quiet(text: str) -> None:
 @contextmanager
 def interruptible() -> Iterator[Cancelled]:
     """Let the first Ctrl-C only ask for a stop, so that the KV cache stays whole; the second one interrupts."""
-    asked = threading.Event()
+    asked = StopFlag()
     if threading.current_thread() is not threading.main_thread():  # signals come to the main thread alone
         yield asked.is_set
         return

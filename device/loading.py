@@ -130,4 +130,5 @@ def engine_names(choice: str) -> tuple[str, ...]:
 
 def say_to_stderr(text: str) -> None:
     """Progress goes to stderr; stdout is for results."""
-    print(text, file=sys.stderr, flush=True)
+    sys.stderr.write(f"{text}\n")  # in one piece, as devices of one bundle share a terminal
+    sys.stderr.flush()

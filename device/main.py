@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,9 +27,11 @@ from wdmoe.runtime.keys import decode_token
 from wdmoe.runtime.links import dial, is_loopback
 from wdmoe.runtime.manifest import MANIFEST_NAME, DeviceManifest, read_manifest, verify_files
 from wdmoe.runtime.messages import MAX_ROWS, Message
+from wdmoe.runtime.stopping import StopFlag
 from wdmoe.runtime.worker import ThreadWorker
 
 _STOP_WAIT_S = 10.0
+_LOOK_EVERY_S = 0.1
 
 
 def run(config: DeviceConfig) -> int:
@@ -70,7 +71,7 @@ def device_folders(bundle: Path) -> list[Path]:
 
 def serve_folder(config: DeviceConfig) -> int:
     """Verify, check, measure and serve one slice."""
-    stop = threading.Event()
+    stop = StopFlag()
     manifest = read_manifest(config.bundle, DeviceManifest)
     name = config.name or f"device-{manifest.device}"
     say_to_stderr(
@@ -140,7 +141,7 @@ def _start_emulation(config: DeviceConfig, profile: DeviceProfile, name: str) ->
 def _serve_each(config: DeviceConfig, folders: list[Path]) -> int:
     """Run one process per folder; stop all when interrupted or when one ends."""
     processes = {folder: subprocess.Popen(_command(replace(config, bundle=folder))) for folder in folders}
-    stopping = threading.Event()
+    stopping = StopFlag()
 
     def stop_all(signum: int, frame: FrameType | None) -> None:
         stopping.set()
@@ -148,9 +149,10 @@ def _serve_each(config: DeviceConfig, folders: list[Path]) -> int:
     signal.signal(signal.SIGINT, stop_all)
     signal.signal(signal.SIGTERM, stop_all)
     ended: list[Path] = []
-    while not stopping.wait(0.2):
+    while not stopping.is_set():
         if ended := [folder for folder, process in processes.items() if process.poll() is not None]:
             break
+        time.sleep(_LOOK_EVERY_S)
     for process in processes.values():
         process.terminate()
     deadline = time.monotonic() + _STOP_WAIT_S

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 
@@ -11,6 +10,7 @@ from wdmoe.runtime.emulation import Air
 from wdmoe.runtime.errors import ProtocolError, WdmoeError
 from wdmoe.runtime.links import BS, Link, Parcel
 from wdmoe.runtime.messages import ExpertRequest, Goodbye, Message, decode, encode
+from wdmoe.runtime.stopping import StopFlag
 from wdmoe.runtime.worker import Worker
 
 _HINT_AFTER_S = 15.0
@@ -23,7 +23,7 @@ def serve(
     service: DeviceService,
     link: Link,
     worker: Worker[Message],
-    stop: threading.Event,
+    stop: StopFlag,
     say: Callable[[str], None],
     air: Air | None = None,
 ) -> None:

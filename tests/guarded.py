@@ -26,6 +26,7 @@ from wdmoe.runtime.errors import WdmoeError
 from wdmoe.runtime.keys import KeyPair, make_key
 from wdmoe.runtime.links import dial
 from wdmoe.runtime.messages import Message
+from wdmoe.runtime.stopping import StopFlag
 from wdmoe.runtime.worker import ThreadWorker
 
 PROMPT = list(b"Who goes there?")
@@ -74,7 +75,7 @@ def served(
     service: DeviceService, address: str, words: list[str], own: KeyPair | None = None, bs_public: str | None = None
 ) -> Iterator[threading.Thread]:
     """Let a device serve on a thread; its last words go where the command would print them."""
-    link, stop = dial(address, 1 << 20, own, bs_public), threading.Event()
+    link, stop = dial(address, 1 << 20, own, bs_public), StopFlag()
     worker: ThreadWorker[Message] = ThreadWorker("engine", link.wake)
 
     def run() -> None:

@@ -10,6 +10,7 @@ from inprocess import make_service
 from wdmoe.device.serving import serve
 from wdmoe.runtime.clock import RealClock
 from wdmoe.runtime.links import dial, listen
+from wdmoe.runtime.stopping import StopFlag
 from wdmoe.runtime.worker import ThreadWorker
 
 
@@ -19,7 +20,7 @@ def address(bundle: Path) -> Iterator[str]:
     probe = listen("tcp://127.0.0.1:0", 1 << 20)
     chosen = probe.address
     probe.close()
-    stop = threading.Event()
+    stop = StopFlag()
     links, threads = [], []
     for k in range(4):
         service = make_service(bundle / f"device-{k}", RealClock())  # type: ignore[arg-type]

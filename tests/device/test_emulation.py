@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +43,7 @@ from wdmoe.runtime.messages import (
     decode,
     encode,
 )
+from wdmoe.runtime.stopping import StopFlag
 from wdmoe.runtime.worker import InlineWorker
 
 MIXTRAL = ExpertShape(4096, 14336)
@@ -189,7 +189,7 @@ class Script:
     """The other end of a link in virtual time: says what it is to say when it is to, and notes when answers came."""
 
     def __init__(self, clock: VirtualClock, said: list[tuple[float, Message]], d_model: int, until_s: float) -> None:
-        self.stop = threading.Event()
+        self.stop = StopFlag()
         self.heard: list[tuple[float, Message]] = []
         self._clock, self._said, self._d_model, self._until_s = clock, said, d_model, until_s
 

@@ -35,6 +35,7 @@ from wdmoe.runtime.messages import (
     decode,
     encode,
 )
+from wdmoe.runtime.stopping import StopFlag
 from wdmoe.runtime.worker import InlineWorker
 
 
@@ -54,7 +55,7 @@ def station(bundle: Path) -> Iterator[tuple[Hub, ZmqLink]]:
 @contextmanager
 def stopping(service: DeviceService, address: str) -> Iterator[Callable[[], None]]:
     """Let a device serve on a thread until it is told to stop, then close its link at once, as the command does."""
-    link, stop = dial(address, 1 << 22), threading.Event()
+    link, stop = dial(address, 1 << 22), StopFlag()
     worker: InlineWorker[Message] = InlineWorker(link.wake)
 
     def run() -> None:
@@ -108,7 +109,7 @@ class Script:
 
 @pytest.mark.parametrize(("pings", "heard"), [(0, True), (3, True), (3, False)])
 def test_it_leaves_once_its_goodbye_was_heard_or_after_half_a_second(bundle: Path, pings: int, heard: bool) -> None:
-    clock, stop = VirtualClock(), threading.Event()
+    clock, stop = VirtualClock(), StopFlag()
     said = [Message(Welcome(PROTOCOL_VERSION, 1.0)), *pings * [Message(Ping(1))]] + heard * [Message(Goodbye("heard"))]
     link = Script(clock, said, stop.set)
     serve(make_service(bundle / "device-1", clock), link, InlineWorker(lambda: None), stop, lambda _: None)
