@@ -18,6 +18,9 @@ from wdmoe.bs.scoring import DistributedScorer
 from wdmoe.runtime.manifest import BsManifest, read_manifest
 
 PROMPT = list(b"How does one keep bread fresh?")
+DROPS = (
+    "ser:t=0.9"  # which looks at no latency: those measured in two runs differ, and with them what other policies drop
+)
 Opened = Callable[..., Any]
 
 
@@ -56,14 +59,16 @@ def test_questions_in_lanes_are_scored_as_on_the_cpu(bundle: Path, opened: Opene
 
 
 @pytest.mark.parametrize(("wire", "policy", "tolerance"), [
-    ("fp16", "exact", 2e-2), ("int8", "exact", 0.3), ("fp16", "wlr", 2e-2), ("fp32", "wlr", 1e-4),
+    ("fp16", "exact", 2e-2), ("int8", "exact", 0.3), ("fp16", DROPS, 2e-2), ("fp32", DROPS, 1e-4),
 ])  # fmt: skip
 def test_other_wires_and_policies_answer_as_on_the_cpu(
     bundle: Path, opened: Opened, wire: Any, policy: str, tolerance: float
 ) -> None:
-    (chosen,) = (parse_policy(policy),)
+    chosen = parse_policy(policy)
     with inprocess.open_system(bundle, wire=wire) as system:
         expected = run_sequence(system, PROMPT[:8], chosen)
+        exact = run_sequence(system, PROMPT[:8], Exact())
+    assert (policy == "exact") == np.array_equal(expected, exact)
     with opened(bundle, wire=wire) as system:
         ours = run_sequence(system, PROMPT[:8], chosen)
     np.testing.assert_allclose(ours, expected, atol=tolerance)
