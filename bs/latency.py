@@ -15,6 +15,7 @@ from wdmoe.profiles.device_profile import DeviceProfile, interpolate
 _WINDOW = 33  # measurements the correction is the median of: robust, and quick to follow a change
 _CORRECTION_RANGE = (0.05, 50.0)
 _ROWS_THAT_TELL = 16  # of a request, from which its time on the air says something of the link's rate
+_ENOUGH = 4  # such requests, from which the rate counts as known
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class DeviceLatency:
     round_trip_ms: float
     correction: float = 1.0  # measured over predicted, median of the last requests
     row_link_ms: float = 0.0  # what each row adds on a link whose rate is known, there and back
+    up_part: float = 0.5  # of that, what the way back takes
+    staging_ms: float = 0.0  # what each row adds on the device beside the expert calls
 
     def request_ms(self, counts: Sequence[int], rows: int | None = None) -> float:
         """Predict a request that calls one expert after another.
@@ -34,8 +37,8 @@ class DeviceLatency:
             rows: that travel; None: no row is used by two experts.
         """
         compute_ms = sum(interpolate(self.curve, count) for count in counts)
-        link_ms = self.row_link_ms * (sum(counts) if rows is None else rows)
-        return (self.round_trip_ms + link_ms + compute_ms) * self.correction
+        rows_ms = (self.row_link_ms + self.staging_ms) * (sum(counts) if rows is None else rows)
+        return (self.round_trip_ms + rows_ms + compute_ms) * self.correction
 
 
 def row_ms(
@@ -67,7 +70,15 @@ class LatencyTracker:
     ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     compute_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))  # the same, computing alone
     rows_air_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))  # a row there and back, measured
+    row_air_ms: tuple[float, float] = (0.0, 0.0)  # a row down and up, as far as is known
     _model: DeviceLatency | None = None
+
+    def __post_init__(self) -> None:
+        """Take what the profile says of the link."""
+        if self.profile.row_link_ms:
+            up_ms = self.profile.row_up_ms
+            up_ms = self.profile.row_link_ms / 2 if up_ms is None else up_ms
+            self.row_air_ms = (self.profile.row_link_ms - up_ms, up_ms)
 
     def observe_round_trip(self, measured_ms: float) -> None:
         """Take the round trip of a ping; the smallest seen is the link, the rest was waiting."""
@@ -78,36 +89,50 @@ class LatencyTracker:
         self, counts: Sequence[int], measured_ms: float, rows: int | None = None, compute_ms: float | None = None
     ) -> None:
         """Take what a request really took, and what of it the device says it computed; see `DeviceLatency.request_ms`."""
-        uncorrected = replace(self.model(), correction=1.0).request_ms(counts, rows)
-        if uncorrected > 0:
+        uncorrected = replace(self.model(), correction=1.0)
+        if (predicted_ms := uncorrected.request_ms(counts, rows)) > 0:
             low, high = _CORRECTION_RANGE
-            self.ratios.append(min(high, max(low, measured_ms / uncorrected)))
+            self.ratios.append(min(high, max(low, measured_ms / predicted_ms)))
             if compute_ms is not None:
-                self._observe_parts(counts, measured_ms, rows or sum(counts), compute_ms)
+                computing = replace(uncorrected, round_trip_ms=0.0, row_link_ms=0.0)
+                self.compute_ratios.append(min(high, max(low, compute_ms / computing.request_ms(counts, rows))))
+                if (n_rows := sum(counts) if rows is None else rows) >= _ROWS_THAT_TELL:
+                    self._learn_air(max(0.0, measured_ms - compute_ms - self.round_trip_ms) / n_rows)
             self._model = None
 
-    def _observe_parts(self, counts: Sequence[int], measured_ms: float, rows: int, compute_ms: float) -> None:
-        low, high = _CORRECTION_RANGE
-        predicted_ms = replace(self.model(), correction=1.0, round_trip_ms=0.0, row_link_ms=0.0).request_ms(counts)
-        self.compute_ratios.append(min(high, max(low, compute_ms / predicted_ms)))
-        if rows >= _ROWS_THAT_TELL:
-            self.rows_air_ms.append(max(0.0, measured_ms - compute_ms - self.round_trip_ms) / rows)
+    def _learn_air(self, row_ms: float) -> None:
+        """Learn the rate of a link that nobody tells.
+
+        The quarter of requests that were least disturbed tells it: of the others, some waited for the air behind each other.
+        """
+        if self.profile.row_link_ms:
+            return
+        self.rows_air_ms.append(row_ms)
+        if len(self.rows_air_ms) < _ENOUGH:
+            return
+        if not any(self.row_air_ms):
+            self.ratios.clear()  # until now, what was the air's was put down to the device
+        half_ms = sorted(self.rows_air_ms)[len(self.rows_air_ms) // 4] / 2
+        self.row_air_ms = (half_ms, half_ms)
 
     def parts_ms(self, counts: Sequence[int], rows: int) -> tuple[float, float]:
-        """Predict how long a request is on the air, there and back, and how long the device computes it.
+        """Predict how long a request is on the air, there and back, and how long the device computes it."""
+        compute_ms = sum(interpolate(self.model().curve, count) for count in counts) + rows * self.profile.staging_ms
+        compute_ms *= median(self.compute_ratios) if self.compute_ratios else 1.0
+        return rows * sum(self.row_air_ms), compute_ms
 
-        Where the link's rate is not known, the quarter of requests that were least disturbed tells it: of the others, some
-        waited for the air behind each other.
-        """
-        row_air_ms = self.profile.row_link_ms
-        if not row_air_ms and self.rows_air_ms:
-            row_air_ms = sorted(self.rows_air_ms)[len(self.rows_air_ms) // 4]
-        compute_ms = sum(interpolate(self.model().curve, count) for count in counts)
-        return rows * row_air_ms, compute_ms * (median(self.compute_ratios) if self.compute_ratios else 1.0)
+    def asked_ms(self, counts: Sequence[int], rows: int) -> tuple[float, float, float, float]:
+        """Predict a request by its parts: on the air, one way, computing, its reply on the air; see `airtime.Asked`."""
+        down_ms, up_ms = self.row_air_ms
+        return rows * down_ms, self.round_trip_ms / 2, self.parts_ms(counts, rows)[1], rows * up_ms
 
     def model(self) -> DeviceLatency:
         """Return the model as it stands now."""
         if self._model is None:
             correction = median(self.ratios) if self.ratios else 1.0
-            self._model = DeviceLatency(self.profile.curve(), self.round_trip_ms, correction, self.profile.row_link_ms)
+            link_ms = sum(self.row_air_ms)
+            up_part = self.row_air_ms[1] / link_ms if link_ms else 0.5
+            self._model = DeviceLatency(
+                self.profile.curve(), self.round_trip_ms, correction, link_ms, up_part, self.profile.staging_ms
+            )
         return self._model

@@ -49,6 +49,7 @@ class Exchange:
     up_bytes: float  # of the reply, as charged
     service_ms: float  # that the emulated device computes
     real_round_trip_ms: float = 0.0  # of the real link now: the emulated one stands in its place and does not add it
+    sent_s: float | None = None  # when its request has the way down, as `receive` said; None: not asked for so far
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +101,17 @@ class Emulator:
         """Decide when the reply leaves: never before the real work is done."""
         return self.answer(self.compute(exchange), exchange.arrived_s)
 
+    def receive(self, arrived_s: float, down_bytes: float) -> float:
+        """Take the way down for a request that comes now; return when it begins to."""
+        return self._down.reserve(arrived_s, arrived_s, self._down_s(down_bytes))
+
     def compute(self, exchange: Exchange) -> Computed:
         """Decide when the answer is there: the first half of `release`."""
-        link = self._link
-        down_s = link.down_ms(exchange.down_bytes) / self.share / 1e3 if link is not None else 0.0
+        down_s = self._down_s(exchange.down_bytes)
         way_s = self._round_trip_s(exchange.real_round_trip_ms) / 2
-        sent_s = self._down.reserve(exchange.arrived_s, exchange.arrived_s, down_s)
+        sent_s = exchange.sent_s
+        if sent_s is None:
+            sent_s = self.receive(exchange.arrived_s, exchange.down_bytes)
         received_s = sent_s + down_s + way_s
         started_s = max(received_s, self._free_s)
         self._free_s = max(started_s + exchange.service_ms / 1e3, exchange.done_s)
@@ -131,6 +137,9 @@ class Emulator:
         """Draw how long a ping and its answer are on the link; they wait for nobody."""
         return self._round_trip_s(real_round_trip_ms) + self._draw_s(self._ping_jitter)
 
+    def _down_s(self, down_bytes: float) -> float:
+        return self._link.down_ms(down_bytes) / self.share / 1e3 if self._link is not None else 0.0
+
     def _longer_s(self, on_air_s: float) -> float:
         return max(0.0, on_air_s * (1 - self.share / self._usual_share))
 
@@ -152,7 +161,7 @@ class Air:
     real_round_trip_ms: Callable[[], float] = lambda: 0.0  # of the real link now, where it is known
     send_when_ready: bool = False  # ask for the way up no sooner, as where time is virtual and `due` called at `next_s`
     real_best_ms: Callable[[], float] = lambda: 0.0  # and at its best: of many pings a base station takes the smallest
-    _started: deque[tuple[float, float, float]] = field(default_factory=deque)  # arrival, bytes down, service
+    _started: deque[tuple[float, float, float, float]] = field(default_factory=deque)  # arrival, sent, bytes, service
     _held: list[tuple[float, int, Message]] = field(default_factory=list)  # a heap
     _ready: deque[tuple[Computed, Message]] = field(default_factory=deque)  # ascending in when they end
     _count: int = 0
@@ -170,14 +179,15 @@ class Air:
     def start(self, request: ExpertRequest, frames: Sequence[Frame], arrived_s: float) -> None:
         """Note a request that is being worked on; they end in the order in which they start."""
         service_ms = sum(map(self.profile.call_ms, request.counts))
-        self._started.append((arrived_s, self._charged_bytes(frames), service_ms))
+        down_bytes = self._charged_bytes(frames)
+        self._started.append((arrived_s, self.emulator.receive(arrived_s, down_bytes), down_bytes, service_ms))
 
     def finish(self, answer: Message, done_s: float) -> None:
         """Hold the answer of the oldest request that was started, and let it report the emulated times."""
-        arrived_s, down_bytes, service_ms = self._started.popleft()
+        arrived_s, sent_s, down_bytes, service_ms = self._started.popleft()
         up_bytes = self._charged_bytes(encode(answer))
         computed = self.emulator.compute(
-            Exchange(arrived_s, done_s, down_bytes, up_bytes, service_ms, self.real_round_trip_ms())
+            Exchange(arrived_s, done_s, down_bytes, up_bytes, service_ms, self.real_round_trip_ms(), sent_s)
         )
         if self.send_when_ready:
             self._ready.append((computed, answer))
@@ -269,6 +279,7 @@ def emulated_profile(
             share=options.share,
         ),
         row_link_ms=link.row_ms(row_bytes) / options.share if link is not None else 0.0,
+        row_up_ms=link.up_ms(row_bytes) / options.share if link is not None else None,
     )
 
 

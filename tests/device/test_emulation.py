@@ -134,6 +134,15 @@ def test_devices_on_one_channel_wait_for_each_other_and_on_a_cable_they_do_not(t
     assert second(False) == (1 + 2 + 1 + 10 + 1 + 1, 0, 10)
 
 
+def test_the_way_down_is_taken_when_a_request_comes_not_when_it_is_computed(tmp_path: Path) -> None:
+    one, other = (Emulator(wire(True), name, SharedChannel(tmp_path / "channel")) for name in "ab")
+    first, second = exchange(0, 4, 1, 10), exchange(0, 2, 1, 10)
+    sent_s = [emulator.receive(0.0, e.down_bytes) for emulator, e in ((one, first), (other, second))]
+    assert sent_s == pytest.approx([0.0, 4e-3])
+    assert decided(other, replace(second, sent_s=sent_s[1]))[0] == (4 + 2 + 1 + 10 + 1 + 1, 4, 10)
+    assert decided(one, replace(first, sent_s=sent_s[0]))[0][1:] == (0, 10)
+
+
 @pytest.fixture
 def service(bundle: Path) -> DeviceService:
     return make_service(bundle / "device-1", VirtualClock())
