@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -70,7 +71,10 @@ class LatencyTracker:
     ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     compute_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))  # the same, computing alone
     rows_air_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))  # a row there and back, measured
-    row_air_ms: tuple[float, float] = (0.0, 0.0)  # a row down and up, as far as is known
+    row_air_ms: tuple[float, float] = (0.0, 0.0)  # a row down and up with the whole band, as far as is known
+    air_from: Literal["nobody", "operator", "profile", "requests"] = "nobody"  # who told
+    share: float = 1.0  # of the band, that its requests get now
+    _lasting_share: float = 1.0  # that predictions for later blocks are for
     _model: DeviceLatency | None = None
 
     def __post_init__(self) -> None:
@@ -78,7 +82,17 @@ class LatencyTracker:
         if self.profile.row_link_ms:
             up_ms = self.profile.row_up_ms
             up_ms = self.profile.row_link_ms / 2 if up_ms is None else up_ms
-            self.row_air_ms = (self.profile.row_link_ms - up_ms, up_ms)
+            self.row_air_ms, self.air_from = (self.profile.row_link_ms - up_ms, up_ms), "profile"
+
+    def state_air(self, down_ms: float, up_ms: float) -> None:
+        """Take what the operator says that a row is on the air; it holds, whatever requests tell."""
+        self.row_air_ms, self.air_from, self._model = (down_ms, up_ms), "operator", None
+
+    def set_share(self, share: float, lasting: bool) -> None:
+        """Set the share of the band; one that lasts is what the next blocks are predicted with."""
+        self.share = share
+        if lasting and share != self._lasting_share:
+            self._lasting_share, self._model = share, None
 
     def observe_round_trip(self, measured_ms: float) -> None:
         """Take the round trip of a ping; the smallest seen is the link, the rest was waiting."""
@@ -88,8 +102,11 @@ class LatencyTracker:
     def observe_request(
         self, counts: Sequence[int], measured_ms: float, rows: int | None = None, compute_ms: float | None = None
     ) -> None:
-        """Take what a request really took, and what of it the device says it computed; see `DeviceLatency.request_ms`."""
-        uncorrected = replace(self.model(), correction=1.0)
+        """Take what a request really took, and what of it the device says it computed; see `DeviceLatency.request_ms`.
+
+        Without what a share of the band made it take longer: rates are those of the whole.
+        """
+        uncorrected = replace(self.model(), correction=1.0, row_link_ms=sum(self.row_air_ms))
         if (predicted_ms := uncorrected.request_ms(counts, rows)) > 0:
             low, high = _CORRECTION_RANGE
             self.ratios.append(min(high, max(low, measured_ms / predicted_ms)))
@@ -105,15 +122,19 @@ class LatencyTracker:
 
         The quarter of requests that were least disturbed tells it: of the others, some waited for the air behind each other.
         """
-        if self.profile.row_link_ms:
+        if self.air_from in ("operator", "profile"):
             return
         self.rows_air_ms.append(row_ms)
         if len(self.rows_air_ms) < _ENOUGH:
             return
-        if not any(self.row_air_ms):
+        if self.air_from == "nobody":
             self.ratios.clear()  # until now, what was the air's was put down to the device
         half_ms = sorted(self.rows_air_ms)[len(self.rows_air_ms) // 4] / 2
-        self.row_air_ms = (half_ms, half_ms)
+        self.row_air_ms, self.air_from = (half_ms, half_ms), "requests"
+
+    def request_ms(self, counts: Sequence[int], rows: int) -> float:
+        """Predict a request that has the whole band; see `DeviceLatency.request_ms`."""
+        return replace(self.model(), row_link_ms=sum(self.row_air_ms)).request_ms(counts, rows)
 
     def parts_ms(self, counts: Sequence[int], rows: int) -> tuple[float, float]:
         """Predict how long a request is on the air, there and back, and how long the device computes it."""
@@ -133,6 +154,11 @@ class LatencyTracker:
             link_ms = sum(self.row_air_ms)
             up_part = self.row_air_ms[1] / link_ms if link_ms else 0.5
             self._model = DeviceLatency(
-                self.profile.curve(), self.round_trip_ms, correction, link_ms, up_part, self.profile.staging_ms
+                self.profile.curve(),
+                self.round_trip_ms,
+                correction,
+                link_ms / self._lasting_share,
+                up_part,
+                self.profile.staging_ms,
             )
         return self._model

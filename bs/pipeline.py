@@ -33,6 +33,7 @@ from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing, pairs_used, rou
 from wdmoe.bs.sensitivity import SensitivityFile
 from wdmoe.bs.stages import OnStation, StationStages
 from wdmoe.bs.tracing import LOOP, STAGES, WAITS, Trace
+from wdmoe.bs.transmitting import LiveBand, shares_of_block
 from wdmoe.runtime.errors import DeviceFailed, DevicesMissing
 from wdmoe.runtime.manifest import BsManifest
 from wdmoe.runtime.messages import ExpertRequest, Rows, Wire
@@ -131,6 +132,7 @@ class Pipeline:
         medium: Medium | None = None,
         on_dispatch: Callable[[Sequence[Shipment]], Sequence[int]] | None = None,
         stage_workers: int = 1,
+        band: LiveBand | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -144,9 +146,10 @@ class Pipeline:
             skip_lost: whether a policy other than exact may leave out what is lost.
             trace: collects a timeline.
             medium: what the devices' links are; None: one shared channel if an emulated device says so, else own ones.
-            on_dispatch: told what one microbatch is to send in one block; returns in which order. None: as
-                `airtime.few_finish_ms` has it.
+            on_dispatch: told what one microbatch is to send in one block; returns in which order. None: a pooled band is
+                divided, and on a shared channel the order is that of `airtime.few_finish_ms`.
             stage_workers: how many jobs the worker runs at a time.
+            band: how devices that dial in share theirs.
         """
         self._trace = trace
         self._hub = hub
@@ -158,7 +161,9 @@ class Pipeline:
         self._skip_lost = skip_lost
         self._given_medium = medium
         self._medium: Medium = medium or "own"  # as of the last step
-        self._on_dispatch = on_dispatch or self._send_order
+        self._band = band or LiveBand()
+        self._in_flight = 1  # at most, in this run
+        self._on_dispatch = on_dispatch or self._dispatch
         self.sensitivity: SensitivityFile | None = None  # of the blocks, as calibrated
         self.on_router: Callable[[int, Floats], None] | None = None  # told each block's logits, on the worker
         self._worker = make_worker(hub.wake)
@@ -181,6 +186,7 @@ class Pipeline:
         Raises:
             DeviceTimeout, DeviceFailed, DevicesMissing: a device that is needed is lost; the others are left usable.
         """
+        self._in_flight = 1 if in_flight == "auto" else in_flight
         self._recover(policy)
         source = enumerate(microbatches)
         exhausted = False
@@ -277,14 +283,21 @@ class Pipeline:
         emulated = [device.latency.profile.emulated for device in self._hub.devices.values()]
         return "shared" if any(what is not None and what.shared for what in emulated) else "own"
 
-    def _send_order(self, shipments: Sequence[Shipment]) -> Sequence[int]:
-        """Say in which order to send: it matters on a channel that all share. What the base station runs itself comes last."""
-        if self._medium != "shared":
+    def _dispatch(self, shipments: Sequence[Shipment]) -> Sequence[int]:
+        """Divide a pooled band, or say in which order to send on a shared channel; what the base station runs comes last."""
+        if self._medium == "own":
             return range(len(shipments))
         devices = self._hub.devices
         there = [n for n, shipment in enumerate(shipments) if shipment.device in devices]
-        requests = [(devices[shipments[n].device].latency, shipments[n].request) for n in there]
-        _, order = few_finish_ms([latency.asked_ms(r.counts, r.rows) for latency, r in requests], self._medium)
+        latencies, requests = (
+            [devices[shipments[n].device].latency for n in there],
+            [shipments[n].request for n in there],
+        )
+        asked = [latency.asked_ms(r.counts, r.rows) for latency, r in zip(latencies, requests, strict=True)]
+        if self._medium == "pooled":
+            for latency, share in zip(latencies, shares_of_block(asked, self._in_flight), strict=True):
+                latency.set_share(share, lasting=False)
+        _, order = few_finish_ms(asked, "shared")
         return [*(there[turn] for turn in order), *(n for n in range(len(shipments)) if n not in there)]
 
     def _recover(self, policy: Policy) -> None:
@@ -435,6 +448,7 @@ class Pipeline:
         if now_at != self._known_at:
             self._known_workers, self._known_at = {}, now_at
             self._medium = self._medium_now()
+            self._band.admit(self._hub.devices.values())
         if (known := self._known_workers.get((block, may_skip, deals))) is not None:
             return known
         owners: list[str] = []
