@@ -28,7 +28,9 @@ _FLOAT16_END = 65_520.0  # from here on, float16 rounds to infinity
 _QUOTED = 300  # characters of a reason
 
 Wire = Literal["fp32", "fp16", "int8"]
-_WIRE_DTYPES: dict[str, npt.DTypeLike] = {"fp32": "<f4", "fp16": "<f2", "int8": "i1"}
+_WIRE_DTYPES: dict[str, np.dtype[Any]] = {
+    wire: np.dtype(stored) for wire, stored in (("fp32", "<f4"), ("fp16", "<f2"), ("int8", "i1"))
+}
 
 Rows = npt.NDArray[np.float32]  # [n, d_model]
 Frame = bytes | bytearray | memoryview
@@ -167,7 +169,7 @@ def decode(frames: Sequence[Frame], d_model: int) -> Message:
         return Message(header)
     if len(frames) != 2:
         raise ProtocolError(f"{type(header).__name__} came without its tensor frame")
-    dtype = np.dtype(_WIRE_DTYPES[header.wire])
+    dtype = _WIRE_DTYPES[header.wire]
     width = d_model + SCALE_BYTES if header.wire == "int8" else d_model
     expected = header.rows * width * dtype.itemsize
     if len(frames[1]) != expected:
@@ -222,11 +224,13 @@ def _check_groups(header: ExpertRequest) -> None:
             f"counts sum to {total}, so index and weights have {4 * total} bytes each; "
             f"got {len(header.index)} and {len(header.weights)}"
         )
+    if not np.isfinite(request_weights(header)).all():
+        raise ProtocolError("a weight is not finite")
+    if header.rows == 1 and total == len(header.counts) and not any(header.index):
+        return  # one row, which each expert gets
     index = request_index(header)
     if int(index.max()) >= header.rows:
         raise ProtocolError(f"index {int(index.max())} is outside the {header.rows} rows")
     falls = np.flatnonzero(index[1:] <= index[:-1]) + 1
     if not set(falls.tolist()).issubset(accumulate(header.counts)):  # a new expert may start anywhere
         raise ProtocolError("index does not ascend within an expert")
-    if not np.isfinite(request_weights(header)).all():
-        raise ProtocolError("a weight is not finite")
