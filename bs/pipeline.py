@@ -35,9 +35,11 @@ from wdmoe.bs.stages import OnStation, StationStages
 from wdmoe.bs.tracing import LOOP, STAGES, WAITS, Trace
 from wdmoe.runtime.errors import DeviceFailed, DevicesMissing
 from wdmoe.runtime.manifest import BsManifest
+from wdmoe.runtime.memory import keep_freed_memory
 from wdmoe.runtime.messages import ExpertRequest, Rows, Wire
 from wdmoe.runtime.worker import Worker
 
+_LOSSLESS = (Exact, RoundRobin)  # policies that leave nothing out
 _STAND_IN = DeviceLatency(((1, 1.0),), 0.0)  # of experts that no device runs now: they are not measured
 RECOVER_S = 2.0  # at the start of a run, for devices that were blocked in an earlier one
 SHORT_MS = 20.0  # what took no longer in the block before may hold up the loop
@@ -147,6 +149,7 @@ class Pipeline:
             on_dispatch: told what one microbatch is to send in one block; returns in which order.
             stage_workers: how many jobs the worker runs at a time.
         """
+        keep_freed_memory()
         self._trace = trace
         self._hub = hub
         self.stages = stages
@@ -512,14 +515,14 @@ class Pipeline:
         shipments = shipments_of(block, routing, plan, owner, workers.names, routed.packed)
         sent = pairs = sum(len(shipment.rows) for shipment in shipments)
         gate_mass_dropped = 0.0
-        if not isinstance(policy, Exact | RoundRobin):  # those leave nothing out
+        if not isinstance(policy, _LOSSLESS):
             pairs = int(pairs_used(routing.experts, np.ones_like(plan.keep), owner, len(workers.names)).sum())
             gate_mass_dropped = plan.dropped_mass(routing)
         record = BlockRecord(
             pairs=pairs,
             droppable=pairs - len(routing.experts),
             sent=sent,
-            gate_mass=float(routing.weights.sum()),
+            gate_mass=float(np.add.reduce(routing.weights, axis=None)),
             gate_mass_dropped=gate_mass_dropped,
             theta=plan.theta,
             stopped=plan.stopped,

@@ -23,7 +23,7 @@ from wdmoe.bs.routing import Floats, Ints
 from wdmoe.bs.tracing import Reply, Trace
 from wdmoe.runtime.errors import DeviceError, DeviceFailed, DeviceTimeout
 from wdmoe.runtime.manifest import ModelSpec
-from wdmoe.runtime.messages import ExpertReply, ExpertRequest, Message, Rows, unpack_rows
+from wdmoe.runtime.messages import ExpertReply, ExpertRequest, Message, Rows, all_finite, unpack_rows
 
 # A device is lost when it is both late and silent; one that answers pings may be late for longer.
 LATE_AT_LEAST_S = 2.0
@@ -203,7 +203,7 @@ class Requests:
             self._fail(DeviceFailed(name, f"answered {header.rows} rows to a request of {len(pending.shipment.rows)}"))
             return
         rows = unpack_rows(message.rows)
-        if not np.isfinite(rows).all():
+        if not all_finite(rows):
             block = pending.shipment.request.block
             self._fail(DeviceFailed(name, f"sent rows that are not finite for block {block}"))
             return
