@@ -34,10 +34,8 @@ def weighted_sums(engine: ExpertEngine, request: ExpertRequest, rows: Rows) -> R
 
 
 def _sum_of_row(engine: ExpertEngine, request: ExpertRequest, row: Rows) -> Rows:
-    """Lay the outputs of all experts out for the one row."""
-    outputs = np.empty((len(request.experts), row.shape[1]), np.float32)
-    for k, expert in enumerate(request.experts):
-        outputs[k] = engine.run(request.block, expert, row)[0]
+    """Weigh and sum the outputs of all experts for the one row."""
+    outputs = np.concatenate([engine.run(request.block, expert, row) for expert in request.experts])
     total: Rows = np.matmul(request_weights(request)[None], outputs)
     return total
 

@@ -202,9 +202,10 @@ def pack_rows(rows: Rows, wire: Wire) -> tuple[npt.NDArray[Any], Wire]:
     """Convert rows for the wire; rows that it cannot hold travel as float32 instead."""
     if wire == "int8" and all_finite(rows):
         return pack_int8(rows), "int8"
-    # What is not finite stays so; whoever gets it refuses it.
-    if wire == "fp16" and (_fits_float16(rows) or not all_finite(rows)):
-        return rounded_to_float16(rows), "fp16"
+    if wire == "fp16":
+        fits = _fits_float16(rows)
+        if fits or not all_finite(rows):  # what is not finite stays so; whoever gets it refuses it
+            return rounded_to_float16(rows, fits), "fp16"
     return np.ascontiguousarray(rows, "<f4"), "fp32"
 
 
