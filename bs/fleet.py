@@ -74,8 +74,9 @@ class Fleet:
         """Use a device only where no healthy one can do the work; a blocked one stays blocked."""
         standing = self.standings.setdefault(device, Standing())
         if standing.health is not Health.BLOCKED:
+            if standing.health is Health.HEALTHY or standing.good_answers:
+                self.changes += 1
             standing.health, standing.reason, standing.good_answers = Health.PENALISED, reason, 0
-            self.changes += 1
 
     def block(self, device: str, reason: str, now_s: float, silent_since_s: float | None = None) -> None:
         """Use a device no more until a probe is answered.
