@@ -26,7 +26,6 @@ MAX_HEADER_BYTES = 4 << 20
 MAX_ROWS = 8_192  # of one request; bounds what a peer can make the other side allocate
 
 _FLOAT16_END = 65_520.0  # from here on, float16 rounds to infinity
-_FEW_VALUES = 8_192  # the price is that of calling numpy; from 10,000 on, OpenBLAS would use several threads
 _QUOTED = 300  # characters of a reason
 
 Wire = Literal["fp32", "fp16", "int8"]
@@ -218,22 +217,20 @@ def unpack_rows(rows: npt.NDArray[Any]) -> Rows:
 
 def all_finite(rows: Rows) -> bool:
     """Whether every number is finite."""
-    if rows.size <= _FEW_VALUES and math.isfinite(_square(rows)):
-        return True
-    return bool(np.isfinite(rows).all())
+    return math.isfinite(_bound(rows)) or bool(np.isfinite(rows).all())
 
 
 def _fits_float16(rows: Rows) -> bool:
     """Whether no number rounds to infinity, or is it already."""
-    if rows.size <= _FEW_VALUES and _square(rows) < _FLOAT16_END**2:
-        return True
-    return bool(rows.min() > -_FLOAT16_END and rows.max() < _FLOAT16_END)
+    return _bound(rows) < _FLOAT16_END or bool(rows.min() > -_FLOAT16_END and rows.max() < _FLOAT16_END)
 
 
-def _square(rows: Rows) -> float:
-    """Return the sum of squares: no number is larger than its root. A third of the price of looking at each."""
-    flat = rows.reshape(-1)
-    return float(flat.dot(flat))
+def _bound(rows: Rows) -> float:
+    """Return what no number's size is above: of several rows the largest norm, which BLAS finds in a quarter of the time."""
+    if len(rows) == 1:
+        return float(np.maximum.reduce(np.abs(rows), axis=None))
+    with np.errstate(over="ignore", invalid="ignore"):  # then it is not finite, and whoever asks looks again
+        return math.sqrt(np.matmul(rows[:, None, :], rows[:, :, None]).max())
 
 
 def _check_groups(header: ExpertRequest) -> None:
