@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
 
 import numpy as np
@@ -68,6 +68,12 @@ class LatencyTracker:
     compute_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))  # the same, computing alone
     rows_air_ms: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW))  # a row there and back, measured
     _model: DeviceLatency | None = None
+    _curve: tuple[tuple[int, float], ...] = ()  # of the profile
+    _call_ms: dict[int, float] = field(default_factory=dict)  # of the profile, by tokens: each is worked out once
+
+    def __post_init__(self) -> None:
+        """Work out the profile's curve, once."""
+        self._curve = self.profile.curve()
 
     def observe_round_trip(self, measured_ms: float) -> None:
         """Take the round trip of a ping; the smallest seen is the link, the rest was waiting."""
@@ -78,20 +84,22 @@ class LatencyTracker:
         self, counts: Sequence[int], measured_ms: float, rows: int | None = None, compute_ms: float | None = None
     ) -> None:
         """Take what a request really took, and what of it the device says it computed; see `DeviceLatency.request_ms`."""
-        uncorrected = replace(self.model(), correction=1.0).request_ms(counts, rows)
+        rows = sum(counts) if rows is None else rows
+        calls_ms = self._calls_ms(counts)
+        uncorrected = self.round_trip_ms + self.profile.row_link_ms * rows + calls_ms
         if uncorrected > 0:
             low, high = _CORRECTION_RANGE
             self.ratios.append(min(high, max(low, measured_ms / uncorrected)))
             if compute_ms is not None:
-                self._observe_parts(counts, measured_ms, rows or sum(counts), compute_ms)
+                self.compute_ratios.append(min(high, max(low, compute_ms / calls_ms)))
+                if rows >= _ROWS_THAT_TELL:
+                    self.rows_air_ms.append(max(0.0, measured_ms - compute_ms - self.round_trip_ms) / rows)
             self._model = None
 
-    def _observe_parts(self, counts: Sequence[int], measured_ms: float, rows: int, compute_ms: float) -> None:
-        low, high = _CORRECTION_RANGE
-        predicted_ms = replace(self.model(), correction=1.0, round_trip_ms=0.0, row_link_ms=0.0).request_ms(counts)
-        self.compute_ratios.append(min(high, max(low, compute_ms / predicted_ms)))
-        if rows >= _ROWS_THAT_TELL:
-            self.rows_air_ms.append(max(0.0, measured_ms - compute_ms - self.round_trip_ms) / rows)
+    def request_ms(self, counts: Sequence[int], rows: int) -> float:
+        """Predict a request; see `DeviceLatency.request_ms`."""
+        link_ms = self.round_trip_ms + self.profile.row_link_ms * rows
+        return (link_ms + self._calls_ms(counts)) * self.model().correction
 
     def parts_ms(self, counts: Sequence[int], rows: int) -> tuple[float, float]:
         """Predict how long a request is on the air, there and back, and how long the device computes it.
@@ -102,12 +110,19 @@ class LatencyTracker:
         row_air_ms = self.profile.row_link_ms
         if not row_air_ms and self.rows_air_ms:
             row_air_ms = sorted(self.rows_air_ms)[len(self.rows_air_ms) // 4]
-        compute_ms = sum(interpolate(self.model().curve, count) for count in counts)
-        return rows * row_air_ms, compute_ms * (median(self.compute_ratios) if self.compute_ratios else 1.0)
+        return rows * row_air_ms, self._calls_ms(counts) * (median(self.compute_ratios) if self.compute_ratios else 1.0)
 
     def model(self) -> DeviceLatency:
         """Return the model as it stands now."""
         if self._model is None:
             correction = median(self.ratios) if self.ratios else 1.0
-            self._model = DeviceLatency(self.profile.curve(), self.round_trip_ms, correction, self.profile.row_link_ms)
+            self._model = DeviceLatency(self._curve, self.round_trip_ms, correction, self.profile.row_link_ms)
         return self._model
+
+    def _calls_ms(self, counts: Sequence[int]) -> float:
+        """Predict the expert calls of a request, one after another, without the correction."""
+        known = self._call_ms
+        for count in counts:
+            if count not in known:
+                known[count] = interpolate(self._curve, count)
+        return sum([known[count] for count in counts])
