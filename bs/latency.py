@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
@@ -76,9 +76,13 @@ class LatencyTracker:
     share: float = 1.0  # of the band, that its requests get now
     _lasting_share: float = 1.0  # that predictions for later blocks are for
     _model: DeviceLatency | None = None
+    _curve: tuple[tuple[int, float], ...] = ()  # of the profile
+    _staging_ms: float = 0.0  # of the profile, of each row
+    _call_ms: dict[int, float] = field(default_factory=dict)  # of the profile, by tokens: each is worked out once
 
     def __post_init__(self) -> None:
-        """Take what the profile says of the link."""
+        """Work out the profile's curve, once, and take what the profile says of the link."""
+        self._curve, self._staging_ms = self.profile.curve(), self.profile.staging_ms
         if self.profile.row_link_ms:
             up_ms = self.profile.row_up_ms
             up_ms = self.profile.row_link_ms / 2 if up_ms is None else up_ms
@@ -106,15 +110,16 @@ class LatencyTracker:
 
         Without what a share of the band made it take longer: rates are those of the whole.
         """
-        uncorrected = replace(self.model(), correction=1.0, row_link_ms=sum(self.row_air_ms))
-        if (predicted_ms := uncorrected.request_ms(counts, rows)) > 0:
+        rows = sum(counts) if rows is None else rows
+        computing_ms = self._computing_ms(counts, rows)
+        uncorrected = self.round_trip_ms + sum(self.row_air_ms) * rows + computing_ms
+        if uncorrected > 0:
             low, high = _CORRECTION_RANGE
-            self.ratios.append(min(high, max(low, measured_ms / predicted_ms)))
+            self.ratios.append(min(high, max(low, measured_ms / uncorrected)))
             if compute_ms is not None:
-                computing = replace(uncorrected, round_trip_ms=0.0, row_link_ms=0.0)
-                self.compute_ratios.append(min(high, max(low, compute_ms / computing.request_ms(counts, rows))))
-                if (n_rows := sum(counts) if rows is None else rows) >= _ROWS_THAT_TELL:
-                    self._learn_air(max(0.0, measured_ms - compute_ms - self.round_trip_ms) / n_rows)
+                self.compute_ratios.append(min(high, max(low, compute_ms / computing_ms)))
+                if rows >= _ROWS_THAT_TELL and self.air_from in ("nobody", "requests"):
+                    self._learn_air(max(0.0, measured_ms - compute_ms - self.round_trip_ms) / rows)
             self._model = None
 
     def _learn_air(self, row_ms: float) -> None:
@@ -122,8 +127,6 @@ class LatencyTracker:
 
         The quarter of requests that were least disturbed tells it: of the others, some waited for the air behind each other.
         """
-        if self.air_from in ("operator", "profile"):
-            return
         self.rows_air_ms.append(row_ms)
         if len(self.rows_air_ms) < _ENOUGH:
             return
@@ -134,13 +137,13 @@ class LatencyTracker:
 
     def request_ms(self, counts: Sequence[int], rows: int) -> float:
         """Predict a request that has the whole band; see `DeviceLatency.request_ms`."""
-        return replace(self.model(), row_link_ms=sum(self.row_air_ms)).request_ms(counts, rows)
+        link_ms = self.round_trip_ms + sum(self.row_air_ms) * rows
+        return (link_ms + self._computing_ms(counts, rows)) * self.model().correction
 
     def parts_ms(self, counts: Sequence[int], rows: int) -> tuple[float, float]:
         """Predict how long a request is on the air, there and back, and how long the device computes it."""
-        compute_ms = sum(interpolate(self.model().curve, count) for count in counts) + rows * self.profile.staging_ms
-        compute_ms *= median(self.compute_ratios) if self.compute_ratios else 1.0
-        return rows * sum(self.row_air_ms), compute_ms
+        slowness = median(self.compute_ratios) if self.compute_ratios else 1.0
+        return rows * sum(self.row_air_ms), self._computing_ms(counts, rows) * slowness
 
     def asked_ms(self, counts: Sequence[int], rows: int) -> tuple[float, float, float, float]:
         """Predict a request by its parts: on the air, one way, computing, its reply on the air; see `airtime.Asked`."""
@@ -151,14 +154,16 @@ class LatencyTracker:
         """Return the model as it stands now."""
         if self._model is None:
             correction = median(self.ratios) if self.ratios else 1.0
-            link_ms = sum(self.row_air_ms)
-            up_part = self.row_air_ms[1] / link_ms if link_ms else 0.5
-            self._model = DeviceLatency(
-                self.profile.curve(),
-                self.round_trip_ms,
-                correction,
-                link_ms / self._lasting_share,
-                up_part,
-                self.profile.staging_ms,
-            )
+            whole_ms = sum(self.row_air_ms)
+            up_part = self.row_air_ms[1] / whole_ms if whole_ms else 0.5
+            link_ms = whole_ms / self._lasting_share
+            self._model = DeviceLatency(self._curve, self.round_trip_ms, correction, link_ms, up_part, self._staging_ms)
         return self._model
+
+    def _computing_ms(self, counts: Sequence[int], rows: int) -> float:
+        """Predict what the device does for a request, without the correction: its rows staged, one call after another."""
+        known = self._call_ms
+        for count in counts:
+            if count not in known:
+                known[count] = interpolate(self._curve, count)
+        return sum([known[count] for count in counts]) + rows * self._staging_ms

@@ -36,9 +36,11 @@ from wdmoe.bs.tracing import LOOP, STAGES, WAITS, Trace
 from wdmoe.bs.transmitting import LiveBand, shares_of_block
 from wdmoe.runtime.errors import DeviceFailed, DevicesMissing
 from wdmoe.runtime.manifest import BsManifest
+from wdmoe.runtime.memory import keep_freed_memory
 from wdmoe.runtime.messages import ExpertRequest, Rows, Wire
 from wdmoe.runtime.worker import Worker
 
+_LOSSLESS = (Exact, RoundRobin)  # policies that leave nothing out
 _STAND_IN = DeviceLatency(((1, 1.0),), 0.0)  # of experts that no device runs now: they are not measured
 RECOVER_S = 2.0  # at the start of a run, for devices that were blocked in an earlier one
 SHORT_MS = 20.0  # what took no longer in the block before may hold up the loop
@@ -51,7 +53,7 @@ class Dispatched:
     residual: OnStation
     hidden: OnStation
     shipments: list[Shipment]
-    asked_weight: Floats  # [n], sum of the gate weights asked for, by token
+    asked: Floats  # [n, k], the gate weights asked for
     record: BlockRecord
 
 
@@ -68,7 +70,7 @@ class Flight:
     residual: OnStation = None
     wants: list[Want] = field(default_factory=list)  # of this block, by device
     waiting: int = 0  # wants that are not done
-    asked_weight: Floats | None = None
+    asked: Floats | None = None
     shared: OnStation = None
     shared_pending: bool = False
     result: Result | None = None
@@ -151,6 +153,7 @@ class Pipeline:
             stage_workers: how many jobs the worker runs at a time.
             band: how devices that dial in share theirs.
         """
+        keep_freed_memory()
         self._trace = trace
         self._hub = hub
         self.stages = stages
@@ -171,6 +174,7 @@ class Pipeline:
         self._flights: list[Flight] = []
         self._landed: list[Flight] = []
         self.pacing = Pacing()
+        self._paced = False  # whether this run asks it
         self._stage_workers = stage_workers
         self._uncosted: list[tuple[float, list[Shipment]]] = []  # steps, how long each took, that pacing does not know
         self._known_workers: dict[tuple[int, bool, bool], Workers] = {}  # while nobody comes, goes or fails
@@ -187,6 +191,7 @@ class Pipeline:
             DeviceTimeout, DeviceFailed, DevicesMissing: a device that is needed is lost; the others are left usable.
         """
         self._in_flight = 1 if in_flight == "auto" else in_flight
+        self._paced = in_flight == "auto"
         self._recover(policy)
         source = enumerate(microbatches)
         exhausted = False
@@ -261,6 +266,11 @@ class Pipeline:
         """Say how many microbatches there may be now."""
         return self.pacing.in_flight if in_flight == "auto" else in_flight
 
+    def _to_learn(self, step_ms: float, shipments: list[Shipment]) -> None:
+        """Keep what a step cost until there is time for it, if anybody will ask."""
+        if self._paced:
+            self._uncosted.append((step_ms, shipments))
+
     def _learn(self) -> None:
         """Let pacing know what the last steps cost; while what they sent is on its way."""
         for step_ms, shipments in self._uncosted:
@@ -332,17 +342,17 @@ class Pipeline:
                 flight.result = outcome
                 flight.record.bs_ms += took_ms
                 flight.record.latency_ms = (now_s - flight.started_s) * 1e3
-                self._uncosted.append((took_ms, []))
+                self._to_learn(took_ms, [])
                 self._flights.remove(flight)
                 self._landed.append(flight)
             case Dispatched():
                 flight.step_ms = took_ms
                 flight.record.bs_ms += took_ms
-                flight.residual, flight.asked_weight = outcome.residual, outcome.asked_weight
+                flight.residual, flight.asked = outcome.residual, outcome.asked
                 flight.record.blocks.append(outcome.record)
                 flight.stage_done_s = now_s
                 self._ask(flight, outcome, policy)
-                self._uncosted.append((took_ms, outcome.shipments))
+                self._to_learn(took_ms, outcome.shipments)
                 if self._model.shared_expert:
                     # Runs while the rows are on the air.
                     block, hidden = flight.block, outcome.hidden
@@ -351,7 +361,8 @@ class Pipeline:
             case Shared(rows=rows):
                 flight.shared_ms = took_ms
                 flight.record.shared_ms += took_ms
-                self.pacing.note(Cost(0.0, {STAGES_BUSY: took_ms / self._stage_workers}))  # while rows are on the air
+                if self._paced:  # while rows are on the air
+                    self.pacing.note(Cost(0.0, {STAGES_BUSY: took_ms / self._stage_workers}))
                 flight.shared, flight.shared_pending = rows, False
                 flight.stage_done_s = now_s
                 self._continue_if_complete(flight, policy)
@@ -389,8 +400,8 @@ class Pipeline:
         if self._trace is not None:
             self._trace.add(WAITS, f"block {flight.block} of {flight.microbatch.name}", flight.stage_done_s, now_s)
         rows, shared, wants = len(flight.microbatch.token_ids), flight.shared, flight.wants
-        assert flight.asked_weight is not None
-        lost = lost_share(rows, wants, flight.asked_weight)
+        assert flight.asked is not None
+        lost = lost_share(rows, wants, flight.asked)
         partials = [partial for want in wants for partial in want.partials]
         flight.block += 1
         flight.wants, flight.shared = [], None
@@ -531,14 +542,14 @@ class Pipeline:
         shipments = shipments_of(block, routing, plan, owner, workers.names, routed.packed)
         sent = pairs = sum(len(shipment.rows) for shipment in shipments)
         gate_mass_dropped = 0.0
-        if not isinstance(policy, Exact | RoundRobin):  # those leave nothing out
+        if not isinstance(policy, _LOSSLESS):
             pairs = int(pairs_used(routing.experts, np.ones_like(plan.keep), owner, len(workers.names)).sum())
             gate_mass_dropped = plan.dropped_mass(routing)
         record = BlockRecord(
             pairs=pairs,
             droppable=pairs - len(routing.experts),
             sent=sent,
-            gate_mass=float(routing.weights.sum()),
+            gate_mass=float(np.add.reduce(routing.weights, axis=None)),
             gate_mass_dropped=gate_mass_dropped,
             theta=plan.theta,
             stopped=plan.stopped,
@@ -547,7 +558,7 @@ class Pipeline:
             # Of one block; the next microbatch of another.
             flight.record.wire_error = relative_error(self.stages.on_host(routed.hidden), self._wire)
         self._note(flight, f"stage {block}", started_s)
-        return Dispatched(routed.residual, routed.hidden, shipments, plan.weights.sum(axis=1), record)
+        return Dispatched(routed.residual, routed.hidden, shipments, plan.weights, record)
 
     def _owner(self, workers: Workers, routing: Routing, latencies: tuple[DeviceLatency, ...]) -> Ints:
         """Say who runs each expert for these rows: the base station takes over what makes the block shorter."""

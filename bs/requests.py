@@ -24,7 +24,7 @@ from wdmoe.bs.tracing import Reply, Trace
 from wdmoe.bs.transmitting import Sending, sending
 from wdmoe.runtime.errors import DeviceError, DeviceFailed, DeviceTimeout
 from wdmoe.runtime.manifest import ModelSpec
-from wdmoe.runtime.messages import ExpertReply, ExpertRequest, Message, Rows, unpack_rows
+from wdmoe.runtime.messages import ExpertReply, ExpertRequest, Message, Rows, all_finite, unpack_rows
 
 # A device is lost when it is both late and silent; one that answers pings may be late for longer.
 LATE_AT_LEAST_S = 2.0
@@ -206,7 +206,7 @@ class Requests:
             self._fail(DeviceFailed(name, f"answered {header.rows} rows to a request of {len(pending.shipment.rows)}"))
             return
         rows = unpack_rows(message.rows)
-        if not np.isfinite(rows).all():
+        if not all_finite(rows):
             block = pending.shipment.request.block
             self._fail(DeviceFailed(name, f"sent rows that are not finite for block {block}"))
             return
@@ -223,7 +223,9 @@ class Requests:
         want.record.device_ms = max(want.record.device_ms, compute_ms)
         want.record.air_ms = max(want.record.air_ms, air_ms)
         want.record.queue_ms = max(want.record.queue_ms, queue_ms)
-        want.devices.setdefault(name, DeviceUse()).add(header.rows, compute_ms, queue_ms, air_ms)
+        if (use := want.devices.get(name)) is None:
+            use = want.devices[name] = DeviceUse()
+        use.add(header.rows, compute_ms, queue_ms, air_ms)
         self._on_part(want, pending.attempt, name, (pending.shipment.rows, rows))
 
     def _on_part(self, want: Want, attempt: Attempt, device: str, partial: Partial) -> None:
@@ -238,13 +240,14 @@ class Requests:
         self._settle(want)
 
     def _settle(self, want: Want) -> None:
+        if len(want.attempts) > 1:  # what is out of the others is wanted no more
+            self._pending = {number: p for number, p in self._pending.items() if p.want is not want}
         want.attempts.clear()
         if want.lost is not None:
             rows, weights = want.lost
             self.counts["skipped"] += 1
             want.record.skipped += len(np.unique(rows))
             want.record.gate_mass_dropped += float(weights.sum())
-        self._pending = {number: p for number, p in self._pending.items() if p.want is not want}
         want.on_done(want)
 
     # -- what does not come ----------------------------------------------------------------------------------------
@@ -440,13 +443,13 @@ def _part_of(shipment: Shipment, experts: list[int]) -> tuple[Ints, Floats]:
     return shipment.rows[index[chosen]], weight[chosen]
 
 
-def lost_share(n_rows: int, wants: list[Want], total_weight: Floats) -> Floats | None:
+def lost_share(n_rows: int, wants: list[Want], asked: Floats) -> Floats | None:
     """Return the share of each token's gate weight that was skipped, or None if nothing was.
 
     Args:
         n_rows: tokens of the microbatch.
         wants: all of one block.
-        total_weight: [n_rows], sum of the weights that were asked for.
+        asked: [n_rows, k], the weights that were asked for.
     """
     lost = [want.lost for want in wants if want.lost is not None]
     if not lost:
@@ -454,7 +457,8 @@ def lost_share(n_rows: int, wants: list[Want], total_weight: Floats) -> Floats |
     share = np.zeros(n_rows, np.float32)
     for rows, weights in lost:
         np.add.at(share, rows, weights)
-    return share / total_weight
+    total: Floats = asked.sum(axis=1)
+    return share / total
 
 
 def message_bytes(message: Message) -> int:

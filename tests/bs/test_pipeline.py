@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from inprocess import System, open_system, run_sequence
 
+from wdmoe.bs.latency import LatencyTracker
 from wdmoe.bs.microbatch import answers_of, pack_questions, pack_sequence
 from wdmoe.bs.policies import Exact, Policy, Wlr, parse_policy
 from wdmoe.bs.questions import Answer, Choice, Question
@@ -311,12 +312,11 @@ def test_on_a_channel_that_all_share_the_longest_tail_is_sent_to_first(bundle: P
         with open_system(bundle) as system:
             for number, (name, device) in enumerate(sorted(system.hub.devices.items())):
                 emulated = Emulated("orin-nano-8gb", "wifi-6-mid", 0, 32, 64, "fp16", shared=shared)
-                device.latency.profile = msgspec.structs.replace(
-                    device.latency.profile,
-                    origin="emulated",
-                    emulated=emulated,
-                    points=tuple(Point(n, 4.0**number, 4.0**number) for n in (1, 512)),
+                points = tuple(Point(n, 4.0**number, 4.0**number) for n in (1, 512))
+                profile = msgspec.structs.replace(
+                    device.latency.profile, origin="emulated", emulated=emulated, points=points
                 )
+                device.latency = LatencyTracker(profile)
                 system.link.peers[name.encode()] = noted(name, system.link.peers[name.encode()], system)
             run_sequence(system, PROMPT)
         return sent[:4]

@@ -15,6 +15,7 @@ from wdmoe.bs.airtime import Medium
 from wdmoe.bs.allocation import finish_together
 from wdmoe.bs.config import StationConfig
 from wdmoe.bs.hub import HEARTBEAT_S
+from wdmoe.bs.latency import LatencyTracker
 from wdmoe.bs.microbatch import pack_sequence
 from wdmoe.bs.policies import Exact
 from wdmoe.bs.stages import new_cache
@@ -113,7 +114,7 @@ def test_an_emulated_link_takes_the_share_and_is_charged_once(bundle: Path) -> N
             profile = device.latency.profile
             emulated = Emulated("orin-nano-8gb", "wifi-6-mid", 0, 32, 64, "fp16")
             profile = msgspec.structs.replace(profile, origin="emulated", emulated=emulated, row_link_ms=1.0)
-            device.latency = type(device.latency)(profile)
+            device.latency = LatencyTracker(profile)
         sent = divide(system, "uniform", "own", {})
         run_sequence(system, PROMPT)
         assert system.clock.now_s() == 0.0  # nothing is held here
