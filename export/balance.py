@@ -77,13 +77,19 @@ def balanced(counts: Counts, speeds: Sequence[float], most_held: int | Sequence[
 
 
 def add_replicas(
-    placement: Placement, counts: Counts, speeds: Sequence[float], n_most_used: int, most_held: int | None
+    placement: Placement,
+    counts: Counts,
+    speeds: Sequence[float],
+    n_most_used: int,
+    most_held: int | None,
+    keep_level: bool = False,
 ) -> Placement:
     """Give the most used experts of each block a second device, where memory allows.
 
-    The base station asks the first by name of the healthy devices that hold an expert, so a replica carries no load
-    until the other fails. It goes to a device after the first, if there is one with room, so that the load stays where
-    it was placed; among those, to the one with the fewest experts, then the fastest.
+    The base station asks the first by name of the healthy devices that hold an expert. A replica on a device after the
+    first carries no load until the other fails: among those with room it goes to the one with the fewest experts, then
+    the fastest. Where there is none, it takes the expert's load over, and goes where the slowest device of the block is
+    fastest afterwards; with `keep_level` nowhere, if that is slower than before.
     """
     held = [0] * len(speeds)
     for row in placement:
@@ -92,22 +98,44 @@ def add_replicas(
                 held[device] += 1
     rows = [list(row) for row in placement]
     for places, used in zip(rows, counts, strict=True):
+        loads = [0.0] * len(speeds)
+        for devices, count in zip(places, used, strict=True):
+            loads[first_asked(devices)] += count
+
         for expert in sorted(range(len(places)), key=lambda e: (-used[e], e))[:n_most_used]:
+            asked, count = first_asked(places[expert]), used[expert]
             room = [
                 d for d in range(len(speeds)) if d not in places[expert] and (most_held is None or held[d] < most_held)
             ]
-            behind = [device for device in room if name_order(device) > min(map(name_order, places[expert]))]
-            if not room:
+            behind = [device for device in room if name_order(device) > name_order(asked)]
+            if behind:
+                chosen = min(behind, key=lambda device: (held[device], -speeds[device], device))
+            elif room:
+                slowest = {device: _slowest(_moved(loads, count, asked, device), speeds) for device in room}
+                chosen = min(room, key=lambda device: (slowest[device], held[device], device))
+                if keep_level and slowest[chosen] > _slowest(loads, speeds) * (1 + 1e-9):
+                    continue
+                loads = _moved(loads, count, asked, chosen)
+            else:
                 continue
-            chosen = min(behind or room, key=lambda device: (held[device], -speeds[device], device))
             held[chosen] += 1
             places[expert] = tuple(sorted((*places[expert], chosen)))
     return tuple(map(tuple, rows))
 
 
+def replicas_left_out(placement: Placement, n_most_used: int) -> int:
+    """Return how many of the experts that were to have a second device have none: it has no room, or would be slower."""
+    return sum(max(0, min(n_most_used, len(row)) - sum(len(devices) > 1 for devices in row)) for row in placement)
+
+
 def name_order(device: int) -> str:
     """Return the name that a device takes from its folder, by which the base station orders them."""
     return f"device-{device}"
+
+
+def first_asked(devices: Sequence[int]) -> int:
+    """Return the one of an expert's devices that the base station asks while all are healthy."""
+    return min(devices, key=name_order)
 
 
 def expected_times(placement: Placement, counts: Counts, speeds: Sequence[float]) -> list[list[float]]:
@@ -117,9 +145,20 @@ def expected_times(placement: Placement, counts: Counts, speeds: Sequence[float]
     for row, used in zip(placement, counts, strict=True):
         loads = [0.0] * len(speeds)
         for devices, count in zip(row, used, strict=True):
-            loads[min(devices, key=name_order)] += count / sum(used)
+            loads[first_asked(devices)] += count / sum(used)
         times.append([load * total_speed / speed for load, speed in zip(loads, speeds, strict=True)])
     return times
+
+
+def _slowest(loads: Sequence[float], speeds: Sequence[float]) -> float:
+    return max(load / speed for load, speed in zip(loads, speeds, strict=True))
+
+
+def _moved(loads: Sequence[float], count: float, source: int, target: int) -> list[float]:
+    after = list(loads)
+    after[source] -= count
+    after[target] += count
+    return after
 
 
 def _place_block(counts: Sequence[float], speeds: Sequence[float], room: list[int], left: list[int]) -> list[int]:

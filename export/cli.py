@@ -16,7 +16,7 @@ from wdmoe.export.cli_common import plain_errors, usage_errors
 
 if TYPE_CHECKING:
     from wdmoe.export.bundle import ExportConfig, ExportPlan
-    from wdmoe.export.placement import PlacementOptions
+    from wdmoe.export.placement import Placement, PlacementOptions
     from wdmoe.export.planning import DryRun
     from wdmoe.runtime.manifest import Precision, StagePrecision
 
@@ -183,6 +183,16 @@ def _placement_options(
         raise click.UsageError(str(error)) from error
 
 
+def _tell_replicas_left_out(placement: Placement, options: PlacementOptions) -> None:
+    from wdmoe.export.balance import replicas_left_out
+
+    if missing := replicas_left_out(placement, options.replicas):
+        click.echo(
+            f"{missing} of the replicas are left out: no device has room, or the block would be slower with them",
+            err=True,
+        )
+
+
 def _dry_run(model: str, config: ExportConfig, options: PlacementOptions) -> DryRun:
     from wdmoe.export.balance import read_counts
     from wdmoe.export.planning import dry_run
@@ -193,6 +203,7 @@ def _dry_run(model: str, config: ExportConfig, options: PlacementOptions) -> Dry
     spec = layout.spec
     with usage_errors():
         placement = config.place(spec, precision)
+    _tell_replicas_left_out(placement, options)
     counts = read_counts(options.counts, spec.n_blocks, spec.n_experts)
     return dry_run(
         layout, origin, precision, placement, counts, options.speeds, config.device_memory_bytes, config.stages
@@ -238,6 +249,7 @@ def _export(model: str, config: ExportConfig, options: PlacementOptions, as_json
     folder, name = find_checkpoint(model, report=lambda text: click.echo(text, err=True))
     with usage_errors():
         plan = plan_export(folder, name, config)
+    _tell_replicas_left_out(plan.placement, options)
     _show_plan_of_export(plan, config, options)
     with _progress("exporting", plan.total_bytes) as on_bytes:
         result = export_bundle(plan, config, on_bytes)
@@ -278,6 +290,7 @@ def place(bundle: Path, out: Path, as_json: bool, device_memory: int | None, **p
         measured = manifest.calibration.counts
         with usage_errors():
             placement = options.place(spec.n_blocks, spec.n_experts, limit, manifest.placement, measured)
+        _tell_replicas_left_out(placement, options)
         made = place_again(bundle, out, placement)
     if as_json:
         click.echo(json.dumps({"out": str(out), **made.as_json()}))

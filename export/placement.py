@@ -84,7 +84,8 @@ class PlacementOptions:
         else:
             placement = placement_of(self._groups(n_experts), n_blocks)
         if self.replicas:
-            placement = add_replicas(placement, counts, self._speeds(device_count(placement)), self.replicas, most_held)
+            speeds = self._speeds(device_count(placement))
+            placement = add_replicas(placement, counts, speeds, self.replicas, most_held, keep_level=self.balance)
         return placement
 
     def _groups(self, n_experts: int) -> tuple[range, ...]:
