@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +25,21 @@ _DEFAULTS = DeviceConfig()
 _files = click.argument(
     "files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path, exists=True, dir_okay=False)
 )
+
+
+def _writable(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before anything is measured for it."""
+    if path is not None and str(path) != "-" and not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise click.BadParameter(f"{path.absolute().parent}: no folder that can be written to")
+    return path
+
+
 _json_option = click.option(
-    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Keep the profile; - prints it."
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=_writable,
+    help="Keep the profile; - prints it.",
 )
 
 
@@ -154,6 +168,8 @@ def reported_errors() -> Iterator[None]:
         raise click.UsageError(str(error)) from error
     except WdmoeError as error:
         raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")) from error
 
 
 def _read(files: tuple[Path, ...]) -> list[Named]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from click.testing import CliRunner, Result
 from tensorrt_twin import TensorRTTwin, TwinEngine, swap_plans
 from tiny import tiny_checkpoint
 
-from wdmoe.device.checking import Outcome, exit_code
+from wdmoe.device.checking import Outcome, check_table, exit_code
 from wdmoe.device.cli import main
 from wdmoe.device.loading import choose_engine, engine_names
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
@@ -160,6 +161,27 @@ def test_the_exit_code_tells_whether_a_device_can_serve(verdicts: list[str], cod
     assert exit_code(outcomes) == code
     other = Outcome("device-1", "e", None, 1, None, None, "passed over")
     assert exit_code([*outcomes, other]) == 1
+
+
+def test_the_table_keeps_engines_and_reasons_whole_at_80_columns() -> None:
+    from rich.console import Console
+
+    missing = "engine onnxruntime-cuda: no ONNX Runtime with CUDA; install it with: pip install 'wdmoe[cuda]'"
+    outcomes = [
+        Outcome(f"device-{k}", "onnxruntime-cuda", None, 64, None, None, "passed over", missing) for k in (0, 1)
+    ]
+    outcomes.append(Outcome("device-1", "tensorrt", "10.13.3.9 (fp16)", 64, 1e-3, 1e-2, "right"))
+    outcomes.append(
+        Outcome("device-1", "numpy", "2.2.6", 64, 0.3, 1e-4, "wrong", "expert 1 of block 3 is off the most")
+    )
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(check_table(outcomes))
+    lines = console.export_text().splitlines()
+    rows = [line.split() for line in lines if line.startswith("device-") and ":" not in line]
+    assert [row[1] for row in rows] == ["onnxruntime-cuda", "onnxruntime-cuda", "tensorrt", "numpy"]
+    text = " ".join(" ".join(lines).split())
+    assert f"device-0, device-1: {missing}" in text and "10.13.3.9" in text and "(fp16)" in text
+    assert "device-1: engine numpy: expert 1 of block 3 is off the most" in text
 
 
 def test_auto_is_the_ladder() -> None:
