@@ -152,7 +152,7 @@ def export_bundle(plan: ExportPlan, config: ExportConfig, on_bytes: OnBytes = la
     out = config.out
     if _is_taken(out) and not config.force:
         present = read_manifest(out / "bs", BsManifest)
-        if (difference := _difference(out, present, plan)) is None:
+        if (difference := _difference(out, present, plan, config.clamp)) is None:
             (out / JOURNAL_NAME).unlink(missing_ok=True)  # of an export killed at its very end
             return ExportResult(out, present.bundle_id, already_there=True)
         raise BundleError(
@@ -257,7 +257,7 @@ def _is_taken(out: Path) -> bool:
     return True
 
 
-def _difference(out: Path, present: BsManifest, plan: ExportPlan) -> str | None:
+def _difference(out: Path, present: BsManifest, plan: ExportPlan, clamp: bool) -> str | None:
     """Say in what a bundle differs from the one planned; None if it is the same and complete."""
     planned = {
         "model": plan.layout.spec,
@@ -269,6 +269,9 @@ def _difference(out: Path, present: BsManifest, plan: ExportPlan) -> str | None:
     for name, value in planned.items():
         if getattr(present, name) != value:
             return f"another {name}"
+    clamped = sum(losses.clamped for losses in (present.expert_losses, present.stage_losses) if losses is not None)
+    if clamped and not clamp:
+        return f"{clamped:,} clamped weights, and --clamp is not given"
     for device in range(device_count(plan.placement)):
         folder = out / f"device-{device}"
         manifest = read_manifest(folder, DeviceManifest)

@@ -156,7 +156,7 @@ def read_placement(path: Path, n_blocks: int, n_experts: int) -> Placement:
         table = [[[d for d, group in enumerate(groups) if expert in group] for expert in known]] * n_blocks
         if extra := [expert for group in groups for expert in group if expert not in known]:
             raise BundleError(f"{path}: expert {extra[0]} is outside the model, whose blocks have {n_experts}")
-    elif set(content) == {"placement"} and all(map(_is_list_of_lists, content["placement"])):
+    elif set(content) == {"placement"} and _is_table(content["placement"]):
         table = content["placement"]
     else:
         raise BundleError(
@@ -189,6 +189,10 @@ def _read_table(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise BundleError(f"{path}: cannot be read ({error})") from error
     return content if isinstance(content, dict) else {}
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_list_of_lists, value))
 
 
 def _is_list_of_lists(value: object) -> bool:

@@ -18,7 +18,7 @@ from wdmoe.export.bundle import layout_of
 from wdmoe.export.checkpoint import Checkpoint, open_checkpoint, read_pieces
 from wdmoe.export.conversion import Losses, to_float32
 from wdmoe.export.families import ModelLayout
-from wdmoe.export.forward import FloatArray, Forward, IntArray, RunExpert, bundle_experts
+from wdmoe.export.forward import FloatArray, Forward, IntArray, RunExpert, bundle_experts, open_tokenizer
 from wdmoe.export.inspection import read_bundle
 from wdmoe.export.slicing import answers_of, golden_rows
 from wdmoe.export.station import weight_files
@@ -252,9 +252,7 @@ def _token_ids(folder: Path, bs: BsManifest, tokens: int) -> IntArray:
     tokens = min(tokens, bs.model.max_positions)
     if bs.tokenizer is None:
         return np.random.default_rng(_SEED).integers(0, bs.model.vocab_size, tokens)
-    from tokenizers import Tokenizer
-
-    ids = Tokenizer.from_file(str(folder / bs.tokenizer)).encode(_TEXT, add_special_tokens=False).ids
+    ids = open_tokenizer(folder / bs.tokenizer).encode(_TEXT, add_special_tokens=False).ids
     return np.array(ids[:tokens], np.int64)
 
 
