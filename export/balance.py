@@ -7,8 +7,11 @@ the device that would then be done first, and afterwards moves and swaps as long
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from wdmoe.runtime.errors import BundleError
 
@@ -17,18 +20,20 @@ Placement = tuple[tuple[tuple[int, ...], ...], ...]  # [block][expert] -> device
 
 
 def read_counts(path: Path | None, n_blocks: int, n_experts: int) -> Counts:
-    """Read how often each expert was chosen: a JSON list [block][expert], or an object with it as `counts`.
+    """Read how often each expert was chosen.
+
+    Args:
+        path: a JSON list [block][expert] or an object with it as `counts`, or a trace of `wdmoe-bs trace` (.npz); None:
+            all equally often.
+        n_blocks: of the model.
+        n_experts: of each block.
 
     Raises:
         BundleError: it is damaged or does not fit the model.
     """
     if path is None:
         return ((1.0,) * n_experts,) * n_blocks
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BundleError(f"{path}: not JSON ({error})") from error
-    table = content.get("counts") if isinstance(content, dict) else content
+    table = _counts_of_trace(path) if path.suffix == ".npz" else _counts_of_json(path)
     if not isinstance(table, list) or len(table) != n_blocks:
         raise BundleError(f"{path}: expected {n_blocks} blocks of {n_experts} counts")
     for block, row in enumerate(table):
@@ -38,6 +43,23 @@ def read_counts(path: Path | None, n_blocks: int, n_experts: int) -> Counts:
         if not sum(row) > 0:
             raise BundleError(f"{path}: block {block} has no choice at all; count over more text")
     return tuple(tuple(map(float, row)) for row in table)
+
+
+def _counts_of_json(path: Path) -> object:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{path}: not JSON ({error})") from error
+    return content.get("counts") if isinstance(content, dict) else content
+
+
+def _counts_of_trace(path: Path) -> object:
+    """Read the counts of a recorded trace and nothing else of it: the probabilities may be large."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return np.asarray(file["counts"]).tolist()
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{path}: not a trace of wdmoe-bs trace ({error})") from error
 
 
 def balanced(counts: Counts, speeds: Sequence[float], most_held: int | Sequence[int] | None) -> Placement:

@@ -78,7 +78,7 @@ def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--counts", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
             help="How often each expert is chosen, for balanced and for --replicas: what calibrate --counts wrote, "
-            "or JSON [block][expert].",
+            "a trace of wdmoe-bs trace (.npz), or JSON [block][expert].",
         ),
         click.option("--speeds", type=read_numbers, metavar="A,B,...", help="Speed of each device, in any unit."),
         click.option(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from wdmoe.bs.trace import Trace, TraceInfo, write_trace
 from wdmoe.export.balance import add_replicas, balanced, expected_times, read_counts, replicas_left_out
 from wdmoe.export.placement import held_by
 from wdmoe.runtime.errors import BundleError
@@ -109,4 +110,18 @@ def test_counts_that_do_not_fit_are_refused(tmp_path: Path, content: Any, messag
     path = tmp_path / "counts.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(BundleError, match=message):
+        read_counts(path, 2, 3)
+
+
+def test_a_recorded_trace_is_read_for_its_counts(tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    info = TraceInfo("wdmoe-trace", 1, "0", "tiny", "0" * 64, 1, True, {}, {})
+    counts = np.array([[3, 0, 1], [2, 2, 0]])
+    shape = np.zeros((2, 4, 3), np.float16)
+    write_trace(path, Trace(info, shape, np.array([0, 4]), counts, np.zeros((2, 3), np.int64)))
+    assert read_counts(path, 2, 3) == ((3.0, 0.0, 1.0), (2.0, 2.0, 0.0))
+    with pytest.raises(BundleError, match="expected 3 blocks of 3 counts"):
+        read_counts(path, 3, 3)
+    path.write_bytes(b"PK no")
+    with pytest.raises(BundleError, match="not a trace of wdmoe-bs trace"):
         read_counts(path, 2, 3)
