@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import tensorrt_twin
 from click.testing import CliRunner, Result
@@ -101,6 +102,16 @@ def test_one_changed_weight_on_its_way_to_the_gpu_is_caught(
     name, said = chosen(half)
     assert name == "onnxruntime" and "passed over engine tensorrt: self-check failed" in said[-2]
     assert "at expert 3 of block 1, allowed 1e-02" in said[-2]
+
+
+def test_the_identity_of_onnxruntime_holds_its_version_whatever_package_it_is_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("onnxruntime", "onnxruntime-cuda")
+    before = [engines.engine_identity(name) for name in names]
+    assert all(onnxruntime.__version__ in identity for identity in before)
+    monkeypatch.setattr(onnxruntime, "__version__", "99.0")
+    assert all(now != then for now, then in zip(map(engines.engine_identity, names), before, strict=True))
 
 
 def test_a_damaged_record_of_failures_is_said_and_every_engine_tried(folder: Path) -> None:
