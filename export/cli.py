@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from wdmoe.export.cli_carve import carve
-from wdmoe.export.cli_common import plain_errors, usage_errors
+from wdmoe.export.cli_common import plain_errors, progress_lines, refuse_options_before, usage_errors
 
 if TYPE_CHECKING:
     from wdmoe.export.bundle import ExportConfig, ExportPlan
@@ -60,11 +60,11 @@ def read_numbers(text: str) -> tuple[float, ...]:
         raise click.BadParameter(f"{text!r} is not a list of numbers like 1,1,0.5") from None
 
 
-def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say which device holds what."""
+def placement_options(otherwise: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options that say which device holds what; `otherwise` is how many experts if nothing is said."""
     options = [
         click.option(
-            "--experts-per-device", type=click.IntRange(min=1), metavar="N", show_default="2",
+            "--experts-per-device", type=click.IntRange(min=1), metavar="N", show_default=otherwise,
             help="Experts of each block on one device; the last device takes the remainder.",
         ),
         click.option(
@@ -90,9 +90,13 @@ def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Memory of a device, such as 16GB or orin-nx-16gb.",
         ),
     ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 @click.group(invoke_without_command=True, epilog=_EPILOG)
@@ -100,7 +104,7 @@ def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--model", metavar="MODEL",
     help="Checkpoint folder (Hugging Face, safetensors), alias (smollm2-moe, mixtral, qwen2-moe, ...) or hub id.",
 )  # fmt: skip
-@placement_options
+@placement_options(otherwise="2")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("bundle"), show_default=True,
     help="Folder of the bundle.",
@@ -143,8 +147,7 @@ def main(
     command is given again.
     """
     if context.invoked_subcommand is not None:
-        if model is not None:
-            raise click.UsageError(f"--model does not go with the command {context.invoked_subcommand}")
+        refuse_options_before(context)
         return
     if model is None:
         raise click.UsageError("Missing option '--model'.")
@@ -264,7 +267,7 @@ def _export(model: str, config: ExportConfig, options: PlacementOptions, as_json
 
 @main.command(epilog="\b\nExample:\n  wdmoe-export place bundle --devices 2 --out bundle-of-two")
 @click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@placement_options
+@placement_options(otherwise="as BUNDLE has them")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the new bundle."
 )
@@ -376,7 +379,9 @@ def verify(
 ) -> None:
     """Compare a bundle with its checkpoint: weights of the base station, some experts, a text through the whole model.
 
-    Runs in this process, with ONNX Runtime and numpy. Exit code 1 if an error is beyond its bound.
+    The text goes twice through the bundle's own stages, with its experts and with the checkpoint's: what it shows is
+    the experts. Of the stages the weights are compared here; their graphs are held against transformers by
+    scripts/bench/parity.py. Runs in this process, with ONNX Runtime and numpy. Exit code 1 if an error is beyond its bound.
     """
     from rich.console import Console
 
@@ -402,15 +407,18 @@ def verify(
 
 @contextmanager
 def _progress(task: str, total: int, unit: Literal["bytes", "blocks"] = "bytes") -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr, if that is a terminal."""
+    """Show a bar on stderr, if that is a terminal; else a line now and then."""
     from rich import progress as bars
     from rich.console import Console
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield progress_lines(task, total, unit, lambda text: click.echo(text, err=True))
+        return
     of_bytes = [bars.DownloadColumn(), bars.TransferSpeedColumn()]
     shown: list[Any] = of_bytes if unit == "bytes" else [bars.MofNCompleteColumn()]
     columns = [bars.TextColumn("{task.description}"), bars.BarColumn(), *shown, bars.TimeRemainingColumn()]
-    console = Console(stderr=True)
-    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with bars.Progress(*columns, console=console, transient=True) as bar:
         number = bar.add_task(task, total=total)
         yield lambda done: bar.advance(number, done)
 

@@ -108,10 +108,13 @@ def summary(inspection: Inspection) -> RenderableType:
     """Lay out an inspection for a terminal."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     manifest = inspection.any_manifest
     model = manifest.model
     facts = Table.grid(padding=(0, 2))
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")  # a hash is copied, whole or not at all
     rows = {
         "model": f"{model.name} ({model.family})",
         "shape": f"{model.n_blocks} blocks x {model.n_experts} experts, top-{model.top_k}, "
@@ -130,7 +133,7 @@ def summary(inspection: Inspection) -> RenderableType:
         rows["norms"] = f"of {calibration.tokens:,} tokens" if calibration.source == "text" else "of the golden rows"
         rows |= {f"fp16 of {of}": _told(found) for of, found in _losses(inspection.bs).items() if found is not None}
     for name, value in rows.items():
-        facts.add_row(name, value)
+        facts.add_row(name, Text(value))
     table = Table()
     for name in ("folder", "holds", "size"):
         table.add_column(name, justify="right" if name == "size" else "left")

@@ -130,8 +130,10 @@ def plan_table(plan: DryRun) -> RenderableType:
     notes = [
         f"Experts will be {plan.precision}; all folders together take {gb(plan.sizes.bundle_bytes(plan.precision))} GB.",
         f"Memory of the bs: weights, scratch and {gb(station.kv_bytes)} GB of keys and values ({station.context:,} tokens).",
-        "Memory of a device: weights as stored and scratch. onnxruntime holds fp16 as float32;",
-        "where that does not fit, the numpy engine maps the files and converts at each use.",
+        (
+            "Memory of a device: weights as stored and scratch. onnxruntime holds fp16 as float32; where that does not "
+            "fit, the numpy engine maps the files and converts at each use."
+        ),
     ]
     if uneven:
         notes.append(
@@ -158,7 +160,8 @@ def describe_held(placement: Placement, device: int) -> str:
     by_block = [[expert for of, expert in held if of == block] for block in range(len(placement))]
     if all(row == by_block[0] for row in by_block):
         return f"{spans(by_block[0])} of each block"
-    return f"{len(held)}: {min(map(len, by_block))}-{max(map(len, by_block))} of a block"
+    fewest, most = min(map(len, by_block)), max(map(len, by_block))
+    return f"{len(held)}: {fewest if fewest == most else f'{fewest}-{most}'} of a block"
 
 
 def spans(numbers: list[int]) -> str:

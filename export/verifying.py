@@ -199,7 +199,8 @@ def verification_table(found: Verification) -> RenderableType:
     text = found.text
     experts = f"Experts {found.precision}: RMS error {found.rms_of_experts:.2e} over {len(found.experts)} experts."
     whole = (
-        f"Blocks and logits: a text of {text.tokens} tokens, the errors of all blocks before included. KL "
+        f"Blocks and logits: a text of {text.tokens} tokens through the bundle's stages, with its experts and with the "
+        "checkpoint's, the errors of all blocks before included; stages themselves are compared by their weights. KL "
         f"{text.divergence:.2e} nats a token (bound {text.bound:.1e}), same most likely token {text.same_choice:.0%}."
     )
     return Group(table, Text(experts), Text(whole))

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from tiny import tiny_checkpoint
 
 from wdmoe.export.cli import main
-from wdmoe.export.cli_common import plain_errors
+from wdmoe.export.cli_common import plain_errors, progress_lines
+from wdmoe.runtime.manifest import BsManifest, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,9 @@ def test_inspect_names_a_damaged_file(checkpoint: Path, tmp_path: Path) -> None:
         (["--model", "CHECKPOINT", "--devices", "9"], 2, "1 to 8"),
         (["--model", "CHECKPOINT", "--experts-per-device", "9"], 2, "1 to 8"),
         (["--model", "CHECKPOINT", "--experts-per-device", "0"], 2, "experts-per-device"),
-        (["--model", "CHECKPOINT", "inspect", "."], 2, "does not go with"),
+        (["--model", "CHECKPOINT", "inspect", "."], 2, "--model does not go before the command inspect"),
+        (["--out", "q", "--precision", "int4", "inspect", "."], 2, "--out does not go before the command inspect"),
+        (["--json", "inspect", "."], 2, "--json does not go before the command inspect"),
         (["--model", "no-such-model"], 1, "no such folder"),
         (["--model", "./no/such"], 1, "no such folder"),
         (["--model", "CHECKPOINT", "--device-memory", "16 lorries"], 2, "is not a size"),
@@ -172,3 +175,26 @@ def test_place_makes_another_placement_of_a_bundle(checkpoint: Path, tmp_path: P
     assert [len(device["experts"]) for device in json.loads(out)["devices"]] == [16, 16]
     code, _, err = _run("place", tmp_path / "bundle", "--devices", 9, "--out", tmp_path / "nine")
     assert (code, "1 to 8" in err) == (2, True)
+
+
+def test_off_a_terminal_a_line_now_and_then_says_how_far_it_is() -> None:
+    times = iter([0.0, 10.0, 31.0, 40.0, 62.0])
+    said: list[str] = []
+    advance = progress_lines("exporting", 8 * 10**9, "bytes", said.append, lambda: next(times))
+    for _ in range(4):
+        advance(10**9)
+    assert said == ["exporting: 2.00 of 8.00 GB, 65 MB/s, 93 s left", "exporting: 4.00 of 8.00 GB, 65 MB/s, 62 s left"]
+
+
+def test_hashes_are_shown_whole_at_80_columns(checkpoint: Path, tmp_path: Path) -> None:
+    _run("--model", checkpoint, "--out", tmp_path / "bundle")
+    code, out, _ = _run("inspect", tmp_path / "bundle")
+    manifest = read_manifest(tmp_path / "bundle/bs", BsManifest)
+    assert code == 0 and "…" not in out
+    assert manifest.bundle_id in "".join(out.split()) and manifest.source.checkpoint_sha256 in "".join(out.split())
+
+
+def test_place_says_what_it_does_where_nothing_is_said() -> None:
+    text = " ".join(_run("place", "--help")[1].split())
+    assert "[default: (as BUNDLE has them)" in text
+    assert "[default: (2)" in " ".join(_run("--help")[1].split())
