@@ -103,7 +103,7 @@ def add_replicas(
     counts: Counts,
     speeds: Sequence[float],
     n_most_used: int,
-    most_held: int | None,
+    most_held: int | Sequence[int] | None,
     keep_level: bool = False,
 ) -> Placement:
     """Give the most used experts of each block a second device, where memory allows.
@@ -118,6 +118,7 @@ def add_replicas(
         for devices in row:
             for device in devices:
                 held[device] += 1
+    limits = most_held if isinstance(most_held, Sequence) else [most_held] * len(speeds)
     rows = [list(row) for row in placement]
     for places, used in zip(rows, counts, strict=True):
         loads = [0.0] * len(speeds)
@@ -127,7 +128,9 @@ def add_replicas(
         for expert in sorted(range(len(places)), key=lambda e: (-used[e], e))[:n_most_used]:
             asked, count = first_asked(places[expert]), used[expert]
             room = [
-                d for d in range(len(speeds)) if d not in places[expert] and (most_held is None or held[d] < most_held)
+                device
+                for device, limit in enumerate(limits)
+                if device not in places[expert] and (limit is None or held[device] < limit)
             ]
             behind = [device for device in room if name_order(device) > name_order(asked)]
             if behind:

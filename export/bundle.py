@@ -18,7 +18,7 @@ from wdmoe.export.families import FAMILIES, Config, ModelLayout, check_family
 from wdmoe.export.journal import JOURNAL_NAME, Journal
 from wdmoe.export.parallel import OnBytes, default_workers, run_all
 from wdmoe.export.placement import Placement, PlacementOptions, device_count, held_by
-from wdmoe.export.sizing import expert_file_bytes, most_held, sizes_of
+from wdmoe.export.sizing import expert_file_bytes, limit_of, sizes_of
 from wdmoe.export.slicing import ExpertFile, ExpertStore, golden_rows
 from wdmoe.export.station import StationWeights, put_weights, weight_files, write_station
 from wdmoe.export.weights import Part, all_expert_parts, check_tensors, station_parts
@@ -55,7 +55,7 @@ class ExportConfig:
     clamp: bool = False  # turn values that float16 cannot hold into its largest instead of stopping
     workers: int = field(default_factory=default_workers)  # threads
     placement: PlacementOptions | None = None  # in place of the two numbers above
-    device_memory_bytes: int | None = None  # heeded by a balanced placement and by replicas
+    device_memory_bytes: tuple[int, ...] = ()  # of all devices or of each; heeded by a balanced placement and replicas
 
     def __post_init__(self) -> None:
         self.placing()  # raises ValueError
@@ -66,8 +66,7 @@ class ExportConfig:
 
     def place(self, spec: ModelSpec, precision: Precision) -> Placement:
         """Place the experts of a model; see `PlacementOptions.place`."""
-        memory = self.device_memory_bytes
-        limit = None if memory is None else most_held(spec, precision, memory)
+        limit = limit_of(spec, precision, self.device_memory_bytes)
         return self.placing().place(spec.n_blocks, spec.n_experts, limit)
 
 

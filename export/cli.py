@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from wdmoe.runtime.manifest import Precision, StagePrecision
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SPEED_TOKENS = 16
 _EPILOG = """\b
 Examples:
   wdmoe-export --model smollm2-moe
@@ -52,12 +53,26 @@ def read_memory(text: str) -> int:
         raise click.BadParameter(f"{error.message}, or a device: {', '.join(hardware_names())}") from None
 
 
-def read_numbers(text: str) -> tuple[float, ...]:
-    """Read numbers that are separated by commas."""
+def read_memories(text: str) -> tuple[int, ...]:
+    """Read what `read_memory` reads, for all devices or separated by commas for each."""
+    return tuple(read_memory(part.strip()) for part in text.split(","))
+
+
+def read_speeds(text: str) -> tuple[float, ...]:
+    """Read the speeds of devices: numbers, or names of modelled ones, which are as many calls a second as they make."""
+    from wdmoe.profiles.modelled import ExpertShape, hardware_names, modelled_profile
+
+    parts = [part.strip() for part in text.split(",")]
+    if set(parts) <= set(hardware_names()):
+        # In fp16, a few tokens a call: bound by the weights, so that ratios hardly depend on shape and precision.
+        shape = ExpertShape(4096, 14336)
+        return tuple(1e3 / modelled_profile(name, "fp16", shape).call_ms(_SPEED_TOKENS) for name in parts)
     try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(map(float, parts))
     except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of numbers like 1,1,0.5") from None
+        raise click.BadParameter(
+            f"{text!r} is neither a list of numbers like 1,1,0.5 nor one of devices: {', '.join(hardware_names())}"
+        ) from None
 
 
 def placement_options(otherwise: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -80,14 +95,17 @@ def placement_options(otherwise: str) -> Callable[[Callable[..., Any]], Callable
             help="How often each expert is chosen, for balanced and for --replicas: what calibrate --counts wrote, "
             "a trace of wdmoe-bs trace (.npz), or JSON [block][expert].",
         ),
-        click.option("--speeds", type=read_numbers, metavar="A,B,...", help="Speed of each device, in any unit."),
+        click.option(
+            "--speeds", type=read_speeds, metavar="A,B,...",
+            help="Speed of each device, in any unit; or names of modelled devices, such as orin-nx-16gb.",
+        ),
         click.option(
             "--replicas", type=click.IntRange(min=0), default=0, metavar="N", show_default=True,
             help="Give the N most used experts of each block a second device, where --device-memory allows.",
         ),
         click.option(
-            "--device-memory", type=read_memory, metavar="SIZE|DEVICE",
-            help="Memory of a device, such as 16GB or orin-nx-16gb.",
+            "--device-memory", type=read_memories, metavar="SIZE|DEVICE[,...]",
+            help="Memory of a device, such as 16GB or orin-nx-16gb; one for all, or one each.",
         ),
     ]  # fmt: skip
 
@@ -138,7 +156,7 @@ def main(
     dry_run: bool,
     force: bool,
     as_json: bool,
-    device_memory: int | None,
+    device_memory: tuple[int, ...] | None,
     **placing: Any,
 ) -> None:
     """Cut a Mixture-of-Experts checkpoint into a folder for the base station and one for each device.
@@ -156,7 +174,7 @@ def main(
 
     config = ExportConfig(
         out, precision=precision, stages=stages, force=force, clamp=clamp, placement=options,
-        device_memory_bytes=device_memory,
+        device_memory_bytes=device_memory or (),
     )  # fmt: skip
     with plain_errors(f"interrupted; the same command goes on from {out}.partial"):
         if dry_run:
@@ -208,9 +226,9 @@ def _dry_run(model: str, config: ExportConfig, options: PlacementOptions) -> Dry
         placement = config.place(spec, precision)
     _tell_replicas_left_out(placement, options)
     counts = read_counts(options.counts, spec.n_blocks, spec.n_experts)
-    return dry_run(
-        layout, origin, precision, placement, counts, options.speeds, config.device_memory_bytes, config.stages
-    )
+    memory = config.device_memory_bytes
+    with usage_errors():
+        return dry_run(layout, origin, precision, placement, counts, options.speeds, memory, config.stages)
 
 
 def _show_plan_of_export(plan: ExportPlan, config: ExportConfig, options: PlacementOptions) -> None:
@@ -225,9 +243,10 @@ def _show_plan_of_export(plan: ExportPlan, config: ExportConfig, options: Placem
         spec = plan.layout.spec
         counts = read_counts(options.counts, spec.n_blocks, spec.n_experts)
         origin, memory = str(plan.checkpoint.folder), config.device_memory_bytes
-        shown = dry_run(
-            plan.layout, origin, plan.precision, plan.placement, counts, options.speeds, memory, plan.stages
-        )
+        with usage_errors():
+            shown = dry_run(
+                plan.layout, origin, plan.precision, plan.placement, counts, options.speeds, memory, plan.stages
+            )
         Console(stderr=True).print(plan_table(shown))
 
 
@@ -272,7 +291,7 @@ def _export(model: str, config: ExportConfig, options: PlacementOptions, as_json
     "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the new bundle."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def place(bundle: Path, out: Path, as_json: bool, device_memory: int | None, **placing: Any) -> None:
+def place(bundle: Path, out: Path, as_json: bool, device_memory: tuple[int, ...] | None, **placing: Any) -> None:
     """Make a bundle with another placement out of one that is there, by hard links: no second export.
 
     The new bundle has the same id: its devices and base station work with those of the old one. Without a placement,
@@ -284,12 +303,12 @@ def place(bundle: Path, out: Path, as_json: bool, device_memory: int | None, **p
     with plain_errors("interrupted"):
         from wdmoe.export.inspection import summary
         from wdmoe.export.replacing import place_again
-        from wdmoe.export.sizing import most_held
+        from wdmoe.export.sizing import limit_of
         from wdmoe.runtime.manifest import BsManifest, read_manifest
 
         manifest = read_manifest(bundle / "bs", BsManifest)
         spec = manifest.model
-        limit = None if device_memory is None else most_held(spec, manifest.precision, device_memory)
+        limit = limit_of(spec, manifest.precision, device_memory or ())
         measured = manifest.calibration.counts
         with usage_errors():
             placement = options.place(spec.n_blocks, spec.n_experts, limit, manifest.placement, measured)

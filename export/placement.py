@@ -55,7 +55,7 @@ class PlacementOptions:
         self,
         n_blocks: int,
         n_experts: int,
-        most_held: int | None = None,
+        most_held: int | Sequence[int] | None = None,
         current: Placement | None = None,
         measured: Counts | None = None,
     ) -> Placement:
@@ -64,8 +64,8 @@ class PlacementOptions:
         Args:
             n_blocks: of the model.
             n_experts: of each block.
-            most_held: experts, of all blocks together, that fit on one device; None: any number. Only a balanced
-                placement and replicas heed it.
+            most_held: experts, of all blocks together, that fit on one device, the same on all or device by device;
+                None: any number. Only a balanced placement and replicas heed it.
             current: placement to begin with, where the options name none.
             measured: how often each expert was chosen, where the options name no file.
 
@@ -77,12 +77,17 @@ class PlacementOptions:
         if self.file is not None:
             placement = read_placement(self.file, n_blocks, n_experts)
         elif self.balance:
-            n_devices = self.devices or len(self.speeds) or len(self._groups(n_experts))
+            listed = len(most_held) if isinstance(most_held, Sequence) else 0
+            n_devices = self.devices or len(self.speeds) or listed or len(self._groups(n_experts))
+            if listed and listed != n_devices:
+                raise ValueError(f"{listed} sizes of memory for {n_devices} devices")
             placement = balanced(counts, self._speeds(n_devices), most_held)
         elif current is not None and self.experts_per_device is None and self.devices is None:
             placement = current
         else:
             placement = placement_of(self._groups(n_experts), n_blocks)
+        if isinstance(most_held, Sequence) and len(most_held) != device_count(placement):
+            raise ValueError(f"{len(most_held)} sizes of memory for {device_count(placement)} devices")
         if self.replicas:
             speeds = self._speeds(device_count(placement))
             placement = add_replicas(placement, counts, speeds, self.replicas, most_held, keep_level=self.balance)

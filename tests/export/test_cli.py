@@ -70,7 +70,7 @@ def test_inspect_names_a_damaged_file(checkpoint: Path, tmp_path: Path) -> None:
         (["--model", "no-such-model"], 1, "no such folder"),
         (["--model", "./no/such"], 1, "no such folder"),
         (["--model", "CHECKPOINT", "--device-memory", "16 lorries"], 2, "is not a size"),
-        (["--model", "CHECKPOINT", "--placement", "balanced", "--speeds", "1,fast"], 2, "not a list of numbers"),
+        (["--model", "CHECKPOINT", "--placement", "balanced", "--speeds", "1,fast"], 2, "neither a list of numbers"),
         (["--model", "CHECKPOINT", "--speeds", "1,2"], 2, "are for a balanced placement"),
         (["--model", "CHECKPOINT", "--placement", "no-such.json"], 1, "no-such.json: No such file"),
         (["--model", "nobody/nothing", "--dry-run"], 1, "a plan needs its config.json"),
@@ -198,3 +198,18 @@ def test_place_says_what_it_does_where_nothing_is_said() -> None:
     text = " ".join(_run("place", "--help")[1].split())
     assert "[default: (as BUNDLE has them)" in text
     assert "[default: (2)" in " ".join(_run("--help")[1].split())
+
+
+def test_unequal_devices_are_given_by_name_with_memory_and_speed_of_each() -> None:
+    names = "agx-orin-64gb,orin-nx-16gb,orin-nx-16gb"
+    arguments = ["--model", "mixtral", "--precision", "int8", "--dry-run", "--json", "--device-memory", names]
+    code, out, _ = _run(*arguments, "--placement", "balanced", "--speeds", names)
+    plan = json.loads(out)
+    held = [device["experts"] for device in plan["devices"]["int8"]]
+    assert (code, plan["fits"], sum(held)) == (0, True, 256)
+    assert held[0] > 1.8 * held[1] and plan["device_memory_bytes"] == [64 * 10**9, 16 * 10**9, 16 * 10**9]
+    code, out, _ = _run(*arguments, "--placement", "balanced")
+    assert (code, len(json.loads(out)["devices"]["int8"])) == (0, 3)  # as many devices as sizes of memory
+    assert "3 sizes of memory for 4 devices" in _run(*arguments, "--devices", 4)[2]
+    plan = json.loads(_run(*arguments, "--devices", 3)[1])
+    assert (plan["fits"], plan["advice"]) == (False, "use --placement balanced, which heeds the memory of each")
