@@ -226,6 +226,7 @@ def _write(partial: Path, journal: Journal, plan: ExportPlan, config: ExportConf
         experts=hashes, placement=plan.placement, stages=tuple(station.stages), head=station.head,
         calibration=golden_calibration(experts), tokenizer=station.tokenizer, chat_template=station.chat_template, files=station.files,
         shared=tuple(station.shared), quantisation_error=error, stage_precision=plan.stages,
+        balance=config.placing().balance_of(plan.placement),
         expert_losses=_half_losses(losses) if plan.precision == "fp16" else None,
         stage_losses=_half_losses(stage_losses) if plan.stages == "fp16" else None,
     ))  # fmt: skip

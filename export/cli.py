@@ -313,7 +313,7 @@ def place(bundle: Path, out: Path, as_json: bool, device_memory: tuple[int, ...]
         with usage_errors():
             placement = options.place(spec.n_blocks, spec.n_experts, limit, manifest.placement, measured)
         _tell_replicas_left_out(placement, options)
-        made = place_again(bundle, out, placement)
+        made = place_again(bundle, out, placement, options.balance_of(placement, measured, manifest.balance))
     if as_json:
         click.echo(json.dumps({"out": str(out), **made.as_json()}))
         return

@@ -13,6 +13,7 @@ from msgspec import to_builtins
 from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.manifest import (
     MANIFEST_NAME,
+    Balance,
     BsManifest,
     DeviceManifest,
     FileEntry,
@@ -55,6 +56,9 @@ class Inspection:
             "calibration": None if self.bs is None else self.bs.calibration.source,
             "calibration_tokens": None if self.bs is None else self.bs.calibration.tokens,
             "stage_precision": None if self.bs is None else self.bs.stage_precision,
+            "balance": None
+            if self.bs is None or not isinstance(self.bs.balance, Balance)
+            else to_builtins(self.bs.balance),
             "losses": None if self.bs is None else {name: _plain(found) for name, found in _losses(self.bs).items()},
             "n_blocks": model.n_blocks,
             "n_experts": model.n_experts,
@@ -131,6 +135,9 @@ def summary(inspection: Inspection) -> RenderableType:
         rows["precision"] += f", stages {inspection.bs.stage_precision}"
         calibration = inspection.bs.calibration
         rows["norms"] = f"of {calibration.tokens:,} tokens" if calibration.source == "text" else "of the golden rows"
+        if isinstance(balance := inspection.bs.balance, Balance):
+            speeds = ", ".join(f"{speed:.3g}" for speed in balance.speeds)
+            rows["balanced"] = f"slowest device of each block {balance.slowest:.2f} (1.00 is level), speeds {speeds}"
         rows |= {f"fp16 of {of}": _told(found) for of, found in _losses(inspection.bs).items() if found is not None}
     for name, value in rows.items():
         facts.add_row(name, Text(value))

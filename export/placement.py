@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wdmoe.export.balance import Counts, Placement, add_replicas, balanced, read_counts
+from msgspec import UNSET, UnsetType
+
+from wdmoe.export.balance import Counts, Placement, add_replicas, balanced, expected_times, read_counts
 from wdmoe.runtime.errors import BundleError
+from wdmoe.runtime.manifest import Balance
 
 __all__ = [
     "Placement",
@@ -92,6 +95,34 @@ class PlacementOptions:
             speeds = self._speeds(device_count(placement))
             placement = add_replicas(placement, counts, speeds, self.replicas, most_held, keep_level=self.balance)
         return placement
+
+    def balance_of(
+        self, placement: Placement, measured: Counts | None = None, before: Balance | UnsetType = UNSET
+    ) -> Balance | UnsetType:
+        """Say what a placement of `place` was balanced by; unset where it was not.
+
+        Args:
+            placement: what `place` returned.
+            measured: as for `place`.
+            before: of the placement that `place` began with: it stays what the new one is balanced by, if the options
+                only add replicas.
+        """
+        n_devices = device_count(placement)
+        if self.balance:
+            counts = (
+                measured
+                if measured and not self.counts
+                else read_counts(self.counts, len(placement), len(placement[0]))
+            )
+            speeds = self._speeds(n_devices)
+        elif isinstance(before, Balance) and len(before.speeds) == n_devices and not self._places_anew():
+            counts, speeds = before.counts, before.speeds
+        else:
+            return UNSET
+        return Balance(counts, speeds, tuple(map(tuple, expected_times(placement, counts, speeds))))
+
+    def _places_anew(self) -> bool:
+        return bool(self.file or self.experts_per_device or self.devices)
 
     def _groups(self, n_experts: int) -> tuple[range, ...]:
         if self.devices is not None:

@@ -213,3 +213,21 @@ def test_unequal_devices_are_given_by_name_with_memory_and_speed_of_each() -> No
     assert "3 sizes of memory for 4 devices" in _run(*arguments, "--devices", 4)[2]
     plan = json.loads(_run(*arguments, "--devices", 3)[1])
     assert (plan["fits"], plan["advice"]) == (False, "use --placement balanced, which heeds the memory of each")
+
+
+def test_the_manifest_keeps_what_a_placement_was_balanced_by(checkpoint: Path, tmp_path: Path) -> None:
+    counts = [[9, 1, 1, 1, 1, 1, 1, 1]] * 2
+    (tmp_path / "counts.json").write_text(json.dumps(counts))
+    options = ["--placement", "balanced", "--counts", tmp_path / "counts.json", "--speeds", "3,1"]
+    assert _run("--model", checkpoint, *options, "--out", tmp_path / "bundle")[0] == 0
+    code, out, _ = _run("inspect", tmp_path / "bundle", "--json")
+    kept = json.loads(out)["balance"]
+    assert (code, kept["counts"], kept["speeds"]) == (0, counts, [3.0, 1.0])
+    assert kept["times"] == [[pytest.approx(1.0), pytest.approx(1.0)]] * 2
+    assert "slowest device of each block 1.00" in _run("inspect", tmp_path / "bundle")[1]
+    # Replicas keep what it was balanced by, another placement does not.
+    assert _run("place", tmp_path / "bundle", "--replicas", 8, "--out", tmp_path / "twice")[0] == 0
+    assert json.loads(_run("inspect", tmp_path / "twice", "--json")[1])["balance"]["speeds"] == [3.0, 1.0]
+    assert _run("place", tmp_path / "bundle", "--devices", 2, "--out", tmp_path / "even")[0] == 0
+    assert json.loads(_run("inspect", tmp_path / "even", "--json")[1])["balance"] is None
+    assert b"balance" not in (tmp_path / "even/bs/manifest.json").read_bytes()
