@@ -119,7 +119,9 @@ class PlacementOptions:
             counts, speeds = before.counts, before.speeds
         else:
             return UNSET
-        return Balance(counts, speeds, tuple(map(tuple, expected_times(placement, counts, speeds))))
+        # Floats, as they are read back: a manifest's hash is over its JSON, where 3 and 3.0 differ.
+        floats = tuple(tuple(map(float, row)) for row in counts)
+        return Balance(floats, speeds, tuple(map(tuple, expected_times(placement, counts, speeds))))
 
     def _places_anew(self) -> bool:
         return bool(self.file or self.experts_per_device or self.devices)
