@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from wdmoe.bs.airtime import Medium, latency_model
+from wdmoe.bs.airtime import Medium, few_finish_ms, latency_model
 from wdmoe.bs.config import InFlight
 from wdmoe.bs.dispatch import Shipment, relative_error, shipments_of
 from wdmoe.bs.fleet import BS_HOLDS, NOBODY
@@ -33,6 +33,7 @@ from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing, pairs_used, rou
 from wdmoe.bs.sensitivity import SensitivityFile
 from wdmoe.bs.stages import OnStation, StationStages
 from wdmoe.bs.tracing import LOOP, STAGES, WAITS, Trace
+from wdmoe.bs.transmitting import LiveBand, shares_of_block
 from wdmoe.runtime.errors import DeviceFailed, DevicesMissing
 from wdmoe.runtime.manifest import BsManifest
 from wdmoe.runtime.memory import keep_freed_memory
@@ -130,9 +131,10 @@ class Pipeline:
         held: HeldExperts | None = None,
         skip_lost: bool = False,
         trace: Trace | None = None,
-        medium: Medium = "own",
-        on_dispatch: Callable[[Sequence[Shipment]], Sequence[int]] = lambda shipments: range(len(shipments)),
+        medium: Medium | None = None,
+        on_dispatch: Callable[[Sequence[Shipment]], Sequence[int]] | None = None,
         stage_workers: int = 1,
+        band: LiveBand | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -145,9 +147,11 @@ class Pipeline:
             held: experts at the base station: those it keeps, and those for when a device is lost.
             skip_lost: whether a policy other than exact may leave out what is lost.
             trace: collects a timeline.
-            medium: what the devices' links are, for the latency model.
-            on_dispatch: told what one microbatch is to send in one block; returns in which order.
+            medium: what the devices' links are; None: one shared channel if an emulated device says so, else own ones.
+            on_dispatch: told what one microbatch is to send in one block; returns in which order. None: a pooled band is
+                divided, and on a shared channel the order is that of `airtime.few_finish_ms`.
             stage_workers: how many jobs the worker runs at a time.
+            band: how devices that dial in share theirs.
         """
         keep_freed_memory()
         self._trace = trace
@@ -158,8 +162,11 @@ class Pipeline:
         self._held = held
         self._wire: Wire = wire
         self._skip_lost = skip_lost
-        self._medium: Medium = medium
-        self._on_dispatch = on_dispatch
+        self._given_medium = medium
+        self._medium: Medium = medium or "own"  # as of the last step
+        self._band = band or LiveBand()
+        self._in_flight = 1  # at most, in this run
+        self._on_dispatch = on_dispatch or self._dispatch
         self.sensitivity: SensitivityFile | None = None  # of the blocks, as calibrated
         self.on_router: Callable[[int, Floats], None] | None = None  # told each block's logits, on the worker
         self._worker = make_worker(hub.wake)
@@ -183,6 +190,7 @@ class Pipeline:
         Raises:
             DeviceTimeout, DeviceFailed, DevicesMissing: a device that is needed is lost; the others are left usable.
         """
+        self._in_flight = 1 if in_flight == "auto" else in_flight
         self._paced = in_flight == "auto"
         self._recover(policy)
         source = enumerate(microbatches)
@@ -266,8 +274,7 @@ class Pipeline:
     def _learn(self) -> None:
         """Let pacing know what the last steps cost; while what they sent is on its way."""
         for step_ms, shipments in self._uncosted:
-            asked, medium = self._asked(shipments), self._medium_of(shipments)
-            self.pacing.note(cost_of_block(step_ms, asked, medium, self._stage_workers))
+            self.pacing.note(cost_of_block(step_ms, self._asked(shipments), self._medium, self._stage_workers))
         self._uncosted.clear()
 
     def _asked(self, shipments: Sequence[Shipment]) -> list[Request]:
@@ -279,11 +286,29 @@ class Pipeline:
                 asked.append(Request(device.name, air_ms, compute_ms, device.latency.round_trip_ms))
         return asked
 
-    def _medium_of(self, shipments: Sequence[Shipment]) -> Medium:
-        """Say what the links are; emulated devices of a live run tell whether they share a channel."""
-        devices = [self._hub.devices[s.device] for s in shipments if s.device in self._hub.devices]
-        emulated = [device.latency.profile.emulated for device in devices]
-        return "shared" if any(what is not None and what.shared for what in emulated) else self._medium
+    def _medium_now(self) -> Medium:
+        """Say what the links are; emulated devices tell whether they share a channel."""
+        if self._given_medium is not None:
+            return self._given_medium
+        emulated = [device.latency.profile.emulated for device in self._hub.devices.values()]
+        return "shared" if any(what is not None and what.shared for what in emulated) else "own"
+
+    def _dispatch(self, shipments: Sequence[Shipment]) -> Sequence[int]:
+        """Divide a pooled band, or say in which order to send on a shared channel; what the base station runs comes last."""
+        if self._medium == "own":
+            return range(len(shipments))
+        devices = self._hub.devices
+        there = [n for n, shipment in enumerate(shipments) if shipment.device in devices]
+        latencies, requests = (
+            [devices[shipments[n].device].latency for n in there],
+            [shipments[n].request for n in there],
+        )
+        asked = [latency.asked_ms(r.counts, r.rows) for latency, r in zip(latencies, requests, strict=True)]
+        if self._medium == "pooled":
+            for latency, share in zip(latencies, shares_of_block(asked, self._in_flight), strict=True):
+                latency.set_share(share, lasting=False)
+        _, order = few_finish_ms(asked, "shared")
+        return [*(there[turn] for turn in order), *(n for n in range(len(shipments)) if n not in there)]
 
     def _recover(self, policy: Policy) -> None:
         """Probe what was blocked in an earlier run, and wait for the answers if it is needed."""
@@ -433,6 +458,8 @@ class Pipeline:
         now_at = (self._hub.changes, self.requests.fleet.changes)
         if now_at != self._known_at:
             self._known_workers, self._known_at = {}, now_at
+            self._medium = self._medium_now()
+            self._band.admit(self._hub.devices.values())
         if (known := self._known_workers.get((block, may_skip, deals))) is not None:
             return known
         owners: list[str] = []

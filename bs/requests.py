@@ -21,6 +21,7 @@ from wdmoe.bs.hub import HEARTBEAT_S, Complained, Event, Hub, Joined, Left, Repl
 from wdmoe.bs.records import BlockRecord, DeviceUse
 from wdmoe.bs.routing import Floats, Ints
 from wdmoe.bs.tracing import Reply, Trace
+from wdmoe.bs.transmitting import Sending, sending
 from wdmoe.runtime.errors import DeviceError, DeviceFailed, DeviceTimeout
 from wdmoe.runtime.manifest import ModelSpec
 from wdmoe.runtime.messages import ExpertReply, ExpertRequest, Message, Rows, all_finite, unpack_rows
@@ -69,8 +70,10 @@ class Pending:
     attempt: Attempt
     shipment: Shipment
     message: Message
-    sent_s: float
+    sent_s: float  # when it left, or will
     check_s: float  # when to look next
+    longer_ms: float = 0.0  # what a share of the band adds on the air
+    reported_ms: float = 0.0  # of that, what the reply reports as waiting
     predicted_ms: float = 0.0
     allowed_s: float = LATE_AT_LEAST_S  # from sending to the answer, before the device is suspected
     hedge_s: float = float("inf")  # when to ask another as well
@@ -215,8 +218,8 @@ class Requests:
             self._trace.replies.append(Reply(name, request.block, want.name, *times_s))
         self._answers.append(Answer(name, request.counts, request.rows, took_ms, header.compute_us / 1e3))
         want.record.bytes_up += message_bytes(message)
-        compute_ms, queue_ms = header.compute_us / 1e3, header.queue_us / 1e3
-        air_ms = took_ms - compute_ms
+        compute_ms, queue_ms = header.compute_us / 1e3, max(0.0, header.queue_us / 1e3 - pending.reported_ms)
+        air_ms = took_ms - compute_ms + pending.longer_ms
         want.record.device_ms = max(want.record.device_ms, compute_ms)
         want.record.air_ms = max(want.record.air_ms, air_ms)
         want.record.queue_ms = max(want.record.queue_ms, queue_ms)
@@ -290,7 +293,7 @@ class Requests:
         part = pending.shipment
         if (device := self._hub.devices.get(part.device)) is None:
             return  # it left a moment ago: the hub is about to say so
-        pending.predicted_ms = device.latency.request_ms(part.request.counts, part.request.rows)
+        pending.predicted_ms = device.latency.request_ms(part.request.counts, part.request.rows) + pending.longer_ms
         p95_s = (
             min(WORST_TAIL, device.latency.profile.tail_ratio)
             * sum(p.predicted_ms for p in self._of(part.device))
@@ -413,13 +416,17 @@ class Requests:
         return self._held is not None and self._held.covers(block, expert)
 
     def _send(self, want: Want, attempt: Attempt, part: Shipment) -> None:
-        number = self._new_id()
-        message = Message(msgspec.structs.replace(part.request, request_id=number), part.packed)
-        now_s = self._hub.clock.now_s()
-        self._pending[number] = Pending(want, attempt, part, message, now_s, now_s + LATE_AT_LEAST_S)
+        number, now_s = self._new_id(), self._hub.clock.now_s()
+        leaving = Sending(msgspec.structs.replace(part.request, request_id=number), now_s)
+        if (device := self._hub.devices.get(part.device)) is not None and device.latency.share != 1:
+            leaving = sending(leaving.request, part.packed.nbytes / len(part.packed), device, now_s)
+        message, sent_s = Message(leaving.request, part.packed), leaving.leaves_s
+        self._pending[number] = Pending(
+            want, attempt, part, message, sent_s, sent_s + LATE_AT_LEAST_S, leaving.longer_ms, leaving.reported_ms
+        )
         self._unassessed.append(self._pending[number])
         want.record.bytes_down += message_bytes(message)
-        self._hub.send(part.device, message)
+        self._hub.send(part.device, message, sent_s)
 
     def _of(self, device: str) -> list[Pending]:
         return [p for p in self._pending.values() if p.shipment.device == device]

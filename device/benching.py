@@ -68,7 +68,7 @@ def bench(
         warm.append(_point(count, _times_ms(call, _WARM_CALLS, seconds, None)))
         at_work.append(machine.state())  # at once, before the clocks go down again
         cold.append(_point(count, _times_ms(call, _COLD_CALLS, seconds / 2, lambda: sweep.sum())))
-        staging.append(_staging(rows))
+        staging.append(staging_point(rows))
         say(f"{count} tokens: {warm[-1].p50_ms:.3f} ms warm, {cold[-1].p50_ms:.3f} ms cold")
     clocks = {name for state in at_work for name in state.clocks_mhz}
     noticed = {line: None for state in at_work for line in throttling(before, state)}
@@ -145,7 +145,7 @@ def _point(tokens: int, times_ms: Sequence[float]) -> Point:
     return Point(tokens, float(p50), float(p95))
 
 
-def _staging(rows: Rows) -> StagingPoint:
+def staging_point(rows: Rows) -> StagingPoint:
     """Time the steps of `weighted_sums` beside the engine, for rows that do not lie in one piece."""
     count = len(rows)
     sent = np.repeat(rows, 2, axis=0)  # a request of twice as many rows, of which an expert wants every other

@@ -21,7 +21,7 @@ from wdmoe.runtime.errors import ProtocolError
 from wdmoe.runtime.half import rounded_to_float16, widened_to_float32
 from wdmoe.runtime.int8_rows import SCALE_BYTES, pack_int8, scales_hold, unpack_int8
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_HEADER_BYTES = 4 << 20
 MAX_ROWS = 8_192  # of one request; bounds what a peer can make the other side allocate
 
@@ -35,7 +35,9 @@ _WIRE_DTYPES: dict[str, np.dtype[Any]] = {
 
 Rows = npt.NDArray[np.float32]  # [n, d_model]
 Frame = bytes | bytearray | memoryview
+MOST_US = 2**31 - 1  # of a time that a reply reports
 Index = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+LEAST_SHARE, LEAST_MBPS, MOST_MBPS = 1e-6, 1e-3, 1e6
 NAME_PATTERN = "^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$"
 Name = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]  # shows in tables and names files
 
@@ -72,7 +74,7 @@ class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="welc
     heartbeat_s: Annotated[float, msgspec.Meta(gt=0, le=3600)]
 
 
-class ExpertRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="request"):
+class ExpertRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, tag="request"):
     """BS to device: run experts on rows and return one weighted sum per row.
 
     The rows are grouped by expert: the first counts[0] entries of `index` and `weights` belong to experts[0],
@@ -87,6 +89,9 @@ class ExpertRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag
     counts: tuple[Annotated[int, msgspec.Meta(ge=1, le=MAX_ROWS)], ...]
     index: bytes  # uint32 [sum(counts)], which row
     weights: bytes  # float32 [sum(counts)], what the expert's output is multiplied with
+    share: Annotated[float, msgspec.Meta(ge=LEAST_SHARE, le=1)] | None = None  # of its link that this exchange gets
+    # What a real link carries of the reply, all of it, 10^6 bit/s; None: an emulated link knows by itself.
+    up_mbps: Annotated[float, msgspec.Meta(ge=LEAST_MBPS, le=MOST_MBPS)] | None = None
 
 
 class ExpertReply(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="reply"):
@@ -173,7 +178,7 @@ def decode(frames: Sequence[Frame], d_model: int) -> Message:
         raise ProtocolError(f"{type(header).__name__} came without its tensor frame")
     dtype = _WIRE_DTYPES[header.wire]
     width = d_model + SCALE_BYTES if header.wire == "int8" else d_model
-    expected = header.rows * width * dtype.itemsize
+    expected = header.rows * row_bytes(d_model, header.wire)
     if len(frames[1]) != expected:
         raise ProtocolError(
             f"{type(header).__name__}: tensor frame of {len(frames[1])} bytes, "
@@ -185,6 +190,11 @@ def decode(frames: Sequence[Frame], d_model: int) -> Message:
     if header.wire == "int8" and not scales_hold(rows):
         raise ProtocolError(f"{type(header).__name__}: a row's scale is negative, too large or not a number")
     return Message(header, rows)
+
+
+def row_bytes(d_model: int, wire: Wire) -> int:
+    """Say how many bytes a row is on the wire."""
+    return d_model * np.dtype(_WIRE_DTYPES[wire]).itemsize + (SCALE_BYTES if wire == "int8" else 0)
 
 
 def request_index(header: ExpertRequest) -> npt.NDArray[np.uint32]:
@@ -235,6 +245,8 @@ def _bound(rows: Rows) -> float:
 
 def _check_groups(header: ExpertRequest) -> None:
     total = sum(header.counts)
+    if header.share is None and header.up_mbps is not None:
+        raise ProtocolError("up_mbps without a share of it")
     if not header.experts or len(header.experts) != len(header.counts):
         raise ProtocolError(f"{len(header.experts)} experts with {len(header.counts)} counts")
     if len(set(header.experts)) != len(header.experts):
