@@ -42,7 +42,7 @@ class Conditions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clocks_mhz: dict[str, float] = {}  # "cpu", "gpu", "emc": while it was at work
     throttled: tuple[str, ...] = ()  # what held the clocks down meanwhile; empty: nothing was noticed
     rss_bytes: Annotated[int, msgspec.Meta(ge=0)] | None = None  # of the process, at its highest
-    weights_bytes: Annotated[int, msgspec.Meta(ge=0)] | None = None  # by which it grew when the engine was loaded
+    weights_bytes: Annotated[int, msgspec.Meta(ge=0)] | None = None  # that loading the engine took
     load_average: NotNegative | None = None  # of one minute, when it began: others on the machine
 
 

@@ -231,6 +231,26 @@ class Air:
         return len(frames[0]) + self.row_scale * sum(map(len, frames[1:]))
 
 
+def check_memory(options: EmulationOptions, manifest: DeviceManifest) -> tuple[ExpertShape, str]:
+    """Return the shape and precision that experts are charged as, if so many of them fit into the emulated device.
+
+    Raises:
+        WdmoeError: the slice would not fit into the memory of that device.
+    """
+    model = manifest.model
+    shape = options.cost_shape or ExpertShape(model.d_model, model.d_ff)
+    precision = options.cost_precision or (manifest.precision if manifest.precision in PRECISIONS else "fp16")
+    needed, usable = len(manifest.experts) * shape.weight_bytes(precision), MEMORY_SHARE * memory_bytes(options.device)
+    if needed > usable:
+        raise WdmoeError(
+            f"{options.device} cannot hold this slice: {len(manifest.experts)} experts of {shape.d_model}x{shape.d_ff} "
+            f"in {precision} take {needed / 1e9:.1f} GB, experts may take {usable / 1e9:.1f} of its "
+            f"{memory_bytes(options.device) / 1e9:g} GB; emulate a larger device, place fewer experts on each "
+            "(wdmoe-export --experts-per-device), or give --cost-precision int4 or another --cost-shape"
+        )
+    return shape, precision
+
+
 def emulated_profile(
     options: EmulationOptions, manifest: DeviceManifest, host: str, software: str, engine: str
 ) -> DeviceProfile:
@@ -247,16 +267,7 @@ def emulated_profile(
         WdmoeError: the slice would not fit into the memory of that device.
     """
     model = manifest.model
-    shape = options.cost_shape or ExpertShape(model.d_model, model.d_ff)
-    precision = options.cost_precision or (manifest.precision if manifest.precision in PRECISIONS else "fp16")
-    needed, usable = len(manifest.experts) * shape.weight_bytes(precision), MEMORY_SHARE * memory_bytes(options.device)
-    if needed > usable:
-        raise WdmoeError(
-            f"{options.device} cannot hold this slice: {len(manifest.experts)} experts of {shape.d_model}x{shape.d_ff} "
-            f"in {precision} take {needed / 1e9:.1f} GB, experts may take {usable / 1e9:.1f} of its "
-            f"{memory_bytes(options.device) / 1e9:g} GB; emulate a larger device, place fewer experts on each "
-            "(wdmoe-export --experts-per-device), or give --cost-precision int4 or another --cost-shape"
-        )
+    shape, precision = check_memory(options, manifest)
     modelled = modelled_profile(options.device, precision, shape)
     link = modelled_link(options.link) if options.link is not None else None
     row_bytes = shape.d_model * _FP16_BYTES
