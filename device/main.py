@@ -27,7 +27,6 @@ from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.keys import decode_token
 from wdmoe.runtime.links import dial, is_loopback
 from wdmoe.runtime.manifest import MANIFEST_NAME, DeviceManifest, read_manifest, verify_files
-from wdmoe.runtime.memory import keep_freed_memory
 from wdmoe.runtime.messages import MAX_ROWS, Message
 from wdmoe.runtime.worker import ThreadWorker
 
@@ -93,7 +92,6 @@ def serve_folder(config: DeviceConfig) -> int:
         )
         warn_if_slower(measured, profile, lambda t: say_to_stderr(f"{name}: {t}"))
         air, meter = _start_emulation(config, profile, name)
-    keep_freed_memory()
     clock = RealClock()
     token = decode_token(config.enrol) if config.enrol is not None else None
     own = bs_public = None
