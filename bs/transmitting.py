@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
-import numpy as np
 
-from wdmoe.bs.airtime import Asked
-from wdmoe.bs.allocation import finish_together
+from wdmoe.bs.airtime import Asked, pooled_root
 from wdmoe.bs.hub import Device
 from wdmoe.bs.latency import LatencyTracker
 from wdmoe.profiles.link_profile import LinkProfile
@@ -56,11 +54,13 @@ def shares_of_block(asked: Sequence[Asked], in_flight: int) -> list[float]:
     Each microbatch has an equal part to divide: what two of them send at the same time never takes more than there is.
     While the rate of somebody's link is not known, all get the same.
     """
-    air_ms = in_flight * np.array([send + reply for send, _, _, reply in asked])
-    if not air_ms.all():
+    air_ms = [in_flight * (send + reply) for send, _, _, reply in asked]
+    if not all(air_ms):
         return [1 / (in_flight * len(asked))] * len(asked)
-    fixed_ms = np.array([2 * way + compute for _, way, compute, _ in asked])
-    return [float(share) / in_flight for share in finish_together(air_ms, fixed_ms)] if asked else []
+    fixed_ms = [2 * way + compute for _, way, compute, _ in asked]
+    total_ms = pooled_root(air_ms, fixed_ms)
+    parts = [air / (total_ms - fixed) for air, fixed in zip(air_ms, fixed_ms, strict=True)]
+    return [part / (in_flight * sum(parts)) for part in parts]
 
 
 @dataclass(frozen=True, slots=True)

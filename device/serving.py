@@ -111,6 +111,8 @@ def serve(
         if service.welcomed != was_welcome:
             was_welcome = service.welcomed
             hint_s = float("inf")
+            if not was_welcome:
+                outlet = Outlet()  # what is held is for a base station that is gone
             say(f"{service.name}: " + ("serving" if was_welcome else "base station gone, waiting for it"))
     _say_goodbye(service, link)
 

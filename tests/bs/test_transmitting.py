@@ -12,7 +12,6 @@ import pytest
 from inprocess import System, open_system, run_sequence
 
 from wdmoe.bs.airtime import Medium
-from wdmoe.bs.allocation import finish_together
 from wdmoe.bs.config import StationConfig
 from wdmoe.bs.hub import HEARTBEAT_S
 from wdmoe.bs.latency import LatencyTracker
@@ -99,10 +98,11 @@ def test_a_held_request_holds_up_no_ping(bundle: Path) -> None:
     assert np.diff(at_s) == pytest.approx(HEARTBEAT_S, abs=0.01)
 
 
-def test_in_virtual_time_and_live_a_block_is_divided_alike() -> None:
+def test_all_who_are_asked_finish_together_on_their_part_of_the_band() -> None:
     asked = [(3.0, 1.0, 5.0, 4.0), (1.0, 0.5, 9.0, 1.0), (2.0, 2.0, 0.0, 2.0)]
     alone = shares_of_block(asked, 1)
-    np.testing.assert_array_equal(alone, finish_together(np.array([7.0, 2.0, 4.0]), np.array([7.0, 10.0, 4.0])))
+    finish_ms = [(d + u) / share + 2 * way + c for (d, way, c, u), share in zip(asked, alone, strict=True)]
+    assert sum(alone) == pytest.approx(1.0) and finish_ms == pytest.approx([finish_ms[0]] * 3)
     assert sum(shares_of_block(asked, 4)) == pytest.approx(0.25)
     assert shares_of_block([*asked, (0.0, 1.0, 1.0, 0.0)], 2) == [0.125] * 4  # nothing is known of one link
     assert shares_of_block([], 1) == []

@@ -36,6 +36,7 @@ from wdmoe.runtime.messages import (
     ErrorReport,
     ExpertReply,
     ExpertRequest,
+    Goodbye,
     Message,
     Ping,
     Pong,
@@ -325,6 +326,13 @@ def test_replies_leave_at_the_rate_that_their_requests_tell_and_pings_at_once(se
     assert times[2] == pytest.approx(1.0 + 7 * alone_s, abs=1e-3)
     assert times["1 queue"] == pytest.approx(3 * alone_s, abs=1e-3)  # what it waited is none of the device's slowness
     assert times["ping 9"] == pytest.approx(1.002, abs=1e-3) and times[3] == pytest.approx(4.0, abs=1e-3)
+
+
+def test_what_is_held_for_a_base_station_that_left_holds_up_nothing_for_the_next(service: DeviceService) -> None:
+    said = [(1.0, told(request(service, 1, 8), 1e-6, 1e-3)), (1.1, Message(Goodbye("done")))]
+    said += [(1.2, Message(Welcome(PROTOCOL_VERSION, 1.0))), (1.3, told(request(service, 2, 8), 0.5, 100.0))]
+    times = heard(service, None, said)
+    assert 1 not in times and times[2] == pytest.approx(1.3, abs=1e-3)
 
 
 @pytest.mark.parametrize("real", [False, True])
