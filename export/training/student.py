@@ -178,6 +178,8 @@ class Student(nn.Module):
         model, shape = self.dense, self.shape
         rows = F.embedding(batch, model.embedding).float()
         cos, sin = rope_angles(model, batch.shape[1])
+        # Compiled for training alone: judging a few windows takes less time than compiling for them.
+        run = self._run if torch.is_grad_enabled() else student_block
         ties, loads = (torch.zeros((), device=model.device) for _ in range(2))
         for own in self.blocks:
             given = (
@@ -185,9 +187,9 @@ class Student(nn.Module):
                 shape.experts_per_token,
             )  # fmt: skip
             if self._recompute and torch.is_grad_enabled():
-                rows, logits, weights = checkpoint(self._run, *given, use_reentrant=False, preserve_rng_state=False)
+                rows, logits, weights = checkpoint(run, *given, use_reentrant=False, preserve_rng_state=False)
             else:
-                rows, logits, weights = self._run(*given)
+                rows, logits, weights = run(*given)
             best = logits.topk(shape.experts_per_token + 1, -1).values
             ties = ties + F.relu(1 - (best[..., -2] - best[..., -1]) / WANTED_MARGIN).mean()
             used = (weights > 0).float().mean((0, 1)) / shape.experts_per_token
