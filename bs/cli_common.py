@@ -16,6 +16,7 @@ import click
 
 from wdmoe.bs.config import InFlight, StationConfig
 from wdmoe.runtime.errors import WdmoeError
+from wdmoe.runtime.outputs import NewFile, written_whole
 
 if TYPE_CHECKING:
     from wdmoe.bs.policies import Policy
@@ -87,7 +88,7 @@ def model_options(function: AnyFunction) -> AnyFunction:
         ),
         click.option(
             "--trace",
-            type=click.Path(path_type=Path, dir_okay=False),
+            type=NewFile(),
             help="Write a timeline there, for https://ui.perfetto.dev: stages, sends, waits, air and devices.",
         ),
         click.option("--health", metavar="HOST:PORT", help="Serve /health there, for wdmoe-bs status and monitors."),
@@ -156,9 +157,7 @@ def json_option(function: AnyFunction) -> AnyFunction:
     """Add --json."""
     return _with_options(
         function,
-        click.option(
-            "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Keep the result; - prints it."
-        ),
+        click.option("--json", "json_path", type=NewFile(), help="Keep the result; - prints it."),
     )
 
 
@@ -256,9 +255,8 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     if str(path) == "-":
         click.echo(text, nl=False)
         return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text(text)
 
 
 def command_line() -> str:

@@ -22,7 +22,7 @@ from wdmoe.bs.experiment import Pair, PolicyRun
 from wdmoe.bs.policies import parse_policy
 from wdmoe.bs.results import link_words, origin_of_times
 from wdmoe.bs.tables import device_table, policy_tables, time_table
-from wdmoe.runtime.errors import WdmoeError
+from wdmoe.runtime.outputs import written_whole
 
 _ORIGINS = {
     "modelled": "Answers are real. Times are modelled: devices and links come from profiles, in virtual time; nothing "
@@ -69,15 +69,11 @@ def write_report(
         missing: data sets and policies that were asked for and are not done.
 
     Raises:
-        WdmoeError: it cannot be written there.
+        OutputError: it cannot be written there.
     """
     page = render_report(head, runs, findings, missing)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with written_whole(path) as partial:
         partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise WdmoeError(f"cannot write the report {path}: {error}") from error
 
 
 def render_report(

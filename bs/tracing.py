@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wdmoe.runtime.outputs import written_whole
+
 BS = "base station"
 STAGES, LOOP, WAITS = "stages", "loop", "waits"  # tracks of the base station
 
@@ -43,11 +45,9 @@ class Trace:
         self.spans.append((BS, track, what, begin_s, end_s))
 
     def write(self, path: Path) -> None:
-        """Write the timeline, under a temporary name first."""
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
+        """Write the timeline, whole or not at all."""
+        with written_whole(path) as partial, partial.open("w", encoding="utf-8") as file:
             json.dump({"traceEvents": list(self._events()), "displayTimeUnit": "ms"}, file)
-        partial.replace(path)
 
     def _events(self) -> Iterator[dict[str, Any]]:
         """Return events: a process for the base station and for each device, microseconds since the first event."""
