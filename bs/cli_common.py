@@ -89,7 +89,8 @@ def model_options(function: AnyFunction) -> AnyFunction:
         click.option(
             "--trace",
             type=NewFile(),
-            help="Write a timeline there, for https://ui.perfetto.dev: stages, sends, waits, air and devices.",
+            help="Write a timeline there, for https://ui.perfetto.dev: stages, sends, waits, air and devices; with --clock "
+            "virtual, where there is one, in virtual time.",
         ),
         click.option("--health", metavar="HOST:PORT", help="Serve /health there, for wdmoe-bs status and monitors."),
         click.option(
