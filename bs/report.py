@@ -5,6 +5,7 @@ All that comes from elsewhere (names of devices, hardware, the command) is escap
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -188,7 +189,9 @@ def _facts(head: dict[str, Any], runs: Sequence[PolicyRun]) -> str:
 def _words(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return "none" if math.isinf(value) else f"{value:g}"  # without a loss or a bound nothing is limited
+    return str(value)
 
 
 def _work_table(runs: Sequence[PolicyRun], origin: str) -> str:
@@ -223,7 +226,7 @@ def _html(group: Group) -> str:
             caption = ""
         elif isinstance(shown, Text):
             if caption:
-                parts.append(caption)
+                parts.append(f'<p class="note">{escape(caption)}</p>')
             caption = shown.plain
     return "".join(parts) + (f'<p class="note">{escape(caption)}</p>' if caption else "")
 

@@ -27,7 +27,7 @@ from wdmoe.profiles.device_profile import Emulated
 from wdmoe.runtime.links import is_loopback
 from wdmoe.runtime.outputs import written_whole
 
-RUN_FORMAT, RUN_VERSION = "wdmoe-run", 4
+RUN_FORMAT, RUN_VERSION = "wdmoe-run", 5
 
 
 def describe_run(station: Station, runs: Sequence[PolicyRun], command: str) -> dict[str, Any]:
