@@ -115,6 +115,21 @@ def _few_per_block(load: Load, devices: LatencyModel, radio: Radio) -> Allocatio
     return Allocation(shares_hz, total_ms)
 
 
+def finish_together(air_ms: Times, fixed_ms: Times) -> Times:
+    """Divide a band so that all devices finish at one time T: share = air / (T - fixed).
+
+    Args:
+        air_ms: [n], of each device with all the bandwidth; more than 0.
+        fixed_ms: [n], what it takes besides.
+
+    Returns:
+        [n] shares that sum to 1.
+    """
+    shares: Times = air_ms / (pooled_root(air_ms.tolist(), fixed_ms.tolist()) - fixed_ms)
+    shares /= shares.sum()
+    return shares
+
+
 def static(loads: Sequence[Load], devices: LatencyModel, radio: Radio) -> Times:
     """Find the one split that makes the sum of block times over some blocks least, [K] Hz.
 

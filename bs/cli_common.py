@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import signal
 import sys
@@ -176,12 +177,16 @@ def parse_policies(texts: tuple[str, ...], known: Path | Trace) -> list[Policy]:
         known: bundle or trace whose calibration `auto` goes by.
     """
     from wdmoe.bs.policies import AUTO, parse_policy, resolve_auto
+    from wdmoe.bs.policies.options import Options
 
-    calibrated = AUTO in texts and _is_calibrated(known)
+    calibrated = AUTO in texts and bool(_calibrated(known))
     try:
         policies = [parse_policy(resolve_auto(text, calibrated)) for text in texts]
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--policy") from error
+    for policy in policies:
+        if isinstance(policy, Options) and policy.loss < math.inf and policy.importance not in _calibrated(known):
+            raise click.BadParameter(policy.uncalibrated(), param_hint="--policy")  # now, not when its turn comes
     if AUTO in texts:
         missing = (
             f"{known} is not calibrated; wdmoe-bs calibrate measures, on a text of yours, what each block loses"
@@ -193,15 +198,17 @@ def parse_policies(texts: tuple[str, ...], known: Path | Trace) -> list[Policy]:
     return sorted(policies, key=lambda policy: policy.describe() != "exact")
 
 
-def _is_calibrated(known: Path | Trace) -> bool:
+def _calibrated(known: Path | Trace) -> set[str]:
+    """Return the kinds of importance that a bundle or a trace was calibrated for."""
     if not isinstance(known, Path):
-        return known.info.sensitivity is not None
+        return set(known.info.sensitivity or {})
     from wdmoe.bs.sensitivity import read_sensitivity
     from wdmoe.bs.station import bs_folder
     from wdmoe.runtime.manifest import BsManifest, read_manifest
 
     folder = bs_folder(known)
-    return read_sensitivity(folder, read_manifest(folder, BsManifest)) is not None
+    found = read_sensitivity(folder, read_manifest(folder, BsManifest))
+    return set() if found is None else set(found.by_importance)
 
 
 @contextmanager

@@ -51,6 +51,8 @@ def route(router_logits: Floats, top_k: int, normalise: bool) -> Routing:
         top_k: experts of one token.
         normalise: whether the chosen weights are scaled to sum to one.
     """
+    if len(router_logits) == 1:
+        return _route_row(router_logits[0], top_k, normalise)
     shifted = np.exp(router_logits - router_logits.max(axis=1, keepdims=True))
     probabilities = shifted / shifted.sum(axis=1, keepdims=True)
     experts = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
@@ -58,6 +60,17 @@ def route(router_logits: Floats, top_k: int, normalise: bool) -> Routing:
     if normalise:
         weights = weights / weights.sum(axis=1, keepdims=True)
     return Routing(experts, weights)
+
+
+def _route_row(router_logits: Floats, top_k: int, normalise: bool) -> Routing:
+    """Route one token, to the same bits: without a second dimension numpy takes half the time."""
+    shifted = np.exp(router_logits - np.maximum.reduce(router_logits))
+    probabilities = shifted / np.add.reduce(shifted)
+    experts = (-probabilities).argsort(kind="stable")[:top_k]
+    weights = probabilities[experts]
+    if normalise:
+        weights = weights / np.add.reduce(weights)
+    return Routing(experts[None], weights[None])
 
 
 def pair_weights(routing: Routing, owner: Ints, n_devices: int) -> Floats:

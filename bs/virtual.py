@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from wdmoe.bs.airtime import pooled_root
+from wdmoe.bs.allocation import finish_together
 from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.dispatch import Shipment
 from wdmoe.bs.hub import Hub
@@ -52,7 +51,6 @@ from wdmoe.runtime.virtual_time import Frames, TimedPeer, VirtualLink, VirtualWo
 from wdmoe.runtime.worker import Worker
 
 Say = Callable[[str], None]
-Times = npt.NDArray[np.float64]
 
 
 @dataclass(slots=True)
@@ -136,21 +134,6 @@ class Transmitter:
         tail_ms = fixed_ms + rows * np.array([self.links[name].up_ms(self.row_bytes) for name in names])
         others = [n for n in range(len(shipments)) if n not in asked]
         return [*(asked[n] for n in np.argsort(-tail_ms, kind="stable")), *others]
-
-
-def finish_together(air_ms: Times, fixed_ms: Times) -> Times:
-    """Divide a band so that all devices finish at one time T: share = air / (T - fixed).
-
-    Args:
-        air_ms: [n], of each device with all the bandwidth; more than 0.
-        fixed_ms: [n], what it takes besides.
-
-    Returns:
-        [n] shares that sum to 1.
-    """
-    shares: Times = air_ms / (pooled_root(air_ms.tolist(), fixed_ms.tolist()) - fixed_ms)
-    shares /= shares.sum()
-    return shares
 
 
 @contextmanager

@@ -55,17 +55,16 @@ def bench(bundle: Path, engine: str, threads: int, seconds: float, json_path: Pa
         from wdmoe.device.machine import Machine
         from wdmoe.device.main import device_folders
         from wdmoe.runtime.manifest import DeviceManifest, read_manifest, verify_files
-        from wdmoe.runtime.memory import resident_bytes
 
         folder = device_folders(bundle)[0]
         manifest = read_manifest(folder, DeviceManifest)
         say_to_stderr(f"{folder}: {len(manifest.experts)} experts of {manifest.model.name}")
         verify_files(folder, manifest)
-        before_bytes = resident_bytes()
+        machine = Machine()
+        grown = benching.loaded_bytes(machine)
         chosen = choose_engine(folder, manifest, engine_names(engine), threads, say_to_stderr)
-        after_bytes = resident_bytes()
-        grown = max(0, after_bytes - before_bytes) if after_bytes is not None and before_bytes is not None else None
-        profile = benching.bench(chosen, manifest, Machine(), say_to_stderr, seconds=seconds, weights_bytes=grown)
+        weights_bytes = grown()
+        profile = benching.bench(chosen, manifest, machine, say_to_stderr, seconds=seconds, weights_bytes=weights_bytes)
         _report(folder.name, profile, json_path)
 
 
@@ -153,6 +152,8 @@ def reported_errors() -> Iterator[None]:
         raise click.UsageError(str(error)) from error
     except WdmoeError as error:
         raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")) from error
 
 
 def _read(files: tuple[Path, ...]) -> list[Named]:

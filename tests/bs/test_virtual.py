@@ -14,6 +14,7 @@ import pytest
 import tiny
 from click.testing import CliRunner, Result
 
+from wdmoe.bs.allocation import finish_together
 from wdmoe.bs.cli import main
 from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.microbatch import pack_sequence
@@ -23,7 +24,7 @@ from wdmoe.bs.records import Record
 from wdmoe.bs.scoring import DistributedScorer
 from wdmoe.bs.stages import new_cache
 from wdmoe.bs.station import Station, open_station
-from wdmoe.bs.virtual import VirtualDevice, finish_together, open_virtual_station
+from wdmoe.bs.virtual import VirtualDevice, open_virtual_station
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
 from wdmoe.profiles.device_profile import Point
 from wdmoe.profiles.modelled import ExpertShape, modelled_profile
