@@ -21,6 +21,7 @@ import numpy.typing as npt
 from wdmoe.bs.policies import Sensitivity
 from wdmoe.bs.routing import Floats, Ints, Routing, route
 from wdmoe.runtime.errors import DataError
+from wdmoe.runtime.outputs import written_whole
 
 if TYPE_CHECKING:
     from wdmoe.bs.station import Station
@@ -124,9 +125,8 @@ class Recorder:
 
 def write_trace(path: Path, trace: Trace) -> None:
     """Write a trace, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
     info = np.frombuffer(msgspec.json.encode(trace.info), np.uint8)
-    with partial.open("wb") as file:
+    with written_whole(path) as partial, partial.open("wb") as file:
         np.savez_compressed(
             file,
             probabilities=trace.probabilities,
@@ -135,7 +135,6 @@ def write_trace(path: Path, trace: Trace) -> None:
             placement=trace.placement,
             info=info,
         )
-    partial.replace(path)
 
 
 def read_trace(path: Path) -> Trace:

@@ -26,7 +26,6 @@ from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.keys import decode_token
 from wdmoe.runtime.links import dial, is_loopback
 from wdmoe.runtime.manifest import MANIFEST_NAME, DeviceManifest, read_manifest, verify_files
-from wdmoe.runtime.memory import keep_freed_memory
 from wdmoe.runtime.messages import MAX_ROWS, Message
 from wdmoe.runtime.stopping import StopFlag
 from wdmoe.runtime.worker import ThreadWorker
@@ -105,7 +104,6 @@ def serve_folder(config: DeviceConfig) -> int:
         )
         warn_if_slower(measured, profile, lambda t: say_to_stderr(f"{name}: {t}"))
         air, meter = _start_emulation(config, profile, name)
-    keep_freed_memory()
     clock = RealClock()
     link = dial(config.bs, MAX_ROWS * manifest.model.d_model * 4, own, bs_public)
     worker: ThreadWorker[Message] = ThreadWorker("engine", link.wake)
