@@ -10,7 +10,7 @@ import pytest
 
 from wdmoe.device.loading import choose_engine, engine_names, kept_profile, quick_profile, self_check
 from wdmoe.device.main import device_folders
-from wdmoe.profiles.device_profile import write_profile
+from wdmoe.profiles.device_profile import encode_profile
 from wdmoe.runtime import engines
 from wdmoe.runtime.engines import ENGINES, load_engine
 from wdmoe.runtime.engines.numpy_engine import NumpyEngine
@@ -106,9 +106,9 @@ def test_a_kept_profile_serves_where_it_was_measured_and_nowhere_else(bundle: Pa
     engine, path = load_engine("numpy", bundle / "device-0", manifest.experts, 1), tmp_path / "here.json"
     profile = quick_profile(engine, manifest)
     assert profile.staging_ms > 0
-    write_profile(path, profile)
+    path.write_bytes(encode_profile(profile))
     assert kept_profile(path, engine, manifest) == profile
     for field, value in (("device", "another board"), ("engine", "tensorrt"), ("d_ff", 1)):
-        write_profile(path, msgspec.structs.replace(profile, **{field: value}))
+        path.write_bytes(encode_profile(msgspec.structs.replace(profile, **{field: value})))
         with pytest.raises(ValueError, match="measure again with wdmoe-device bench"):
             kept_profile(path, engine, manifest)
