@@ -180,8 +180,7 @@ def _few_makespan(load: Load, model: LatencyModel) -> BlockTime:
 def send_order(rows: Ints, compute_ms: Times, model: LatencyModel) -> Ints:
     """Order the requests on a shared channel: first to the device with the most left to do once it has its rows.
 
-    This is Jackson's rule, which would be exact if replies did not share the channel; `allocation.best_order` is
-    exact, for few devices.
+    This is Jackson's rule, which would be exact if replies did not share the channel.
     """
     tail_ms = 2 * model.way_ms + compute_ms + rows * model.up_ms
     loaded = np.flatnonzero(rows > 0)

@@ -20,6 +20,7 @@ from wdmoe.runtime.errors import WdmoeError
 if TYPE_CHECKING:
     from wdmoe.bs.policies import Policy
     from wdmoe.bs.trace import Trace
+    from wdmoe.runtime.manifest import BsManifest
 
 DEFAULTS = StationConfig()
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
@@ -168,6 +169,15 @@ def _with_options(function: AnyFunction, *options: Callable[[AnyFunction], AnyFu
     return function
 
 
+def check_policies(texts: tuple[str, ...]) -> None:
+    """Refuse policies that cannot be parsed, before it is known what `auto` stands for."""
+    from wdmoe.bs.policies import parse_policy, resolve_auto
+
+    with _bad_policy():
+        for text in texts:
+            parse_policy(resolve_auto(text, calibrated=False))
+
+
 def parse_policies(texts: tuple[str, ...], known: Path | Trace) -> list[Policy]:
     """Parse --policy, exact first; what cannot be parsed is a bad parameter. What `auto` stands for is told.
 
@@ -175,13 +185,16 @@ def parse_policies(texts: tuple[str, ...], known: Path | Trace) -> list[Policy]:
         texts: as users type them.
         known: bundle or trace whose calibration `auto` goes by.
     """
-    from wdmoe.bs.policies import AUTO, parse_policy, resolve_auto
+    from wdmoe.bs.policies import AUTO, check_budgets, parse_policy, resolve_auto
 
+    check_policies(texts)
     calibrated = AUTO in texts and _is_calibrated(known)
-    try:
-        policies = [parse_policy(resolve_auto(text, calibrated)) for text in texts]
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--policy") from error
+    policies = [parse_policy(resolve_auto(text, calibrated)) for text in texts]
+    if several := [policy for policy in policies if len(getattr(policy, "budget", ())) > 1]:
+        n_blocks = _manifest(known).model.n_blocks if isinstance(known, Path) else known.n_blocks
+        with _bad_policy():
+            for policy in several:
+                check_budgets(policy, n_blocks)
     if AUTO in texts:
         missing = (
             f"{known} is not calibrated; wdmoe-bs calibrate measures, on a text of yours, what each block loses"
@@ -193,15 +206,28 @@ def parse_policies(texts: tuple[str, ...], known: Path | Trace) -> list[Policy]:
     return sorted(policies, key=lambda policy: policy.describe() != "exact")
 
 
+@contextmanager
+def _bad_policy() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--policy") from error
+
+
 def _is_calibrated(known: Path | Trace) -> bool:
     if not isinstance(known, Path):
         return known.info.sensitivity is not None
     from wdmoe.bs.sensitivity import read_sensitivity
     from wdmoe.bs.station import bs_folder
+
+    return read_sensitivity(bs_folder(known), _manifest(known)) is not None
+
+
+def _manifest(bundle: Path) -> BsManifest:
+    from wdmoe.bs.station import bs_folder
     from wdmoe.runtime.manifest import BsManifest, read_manifest
 
-    folder = bs_folder(known)
-    return read_sensitivity(folder, read_manifest(folder, BsManifest)) is not None
+    return read_manifest(bs_folder(bundle), BsManifest)
 
 
 @contextmanager

@@ -73,8 +73,9 @@ def device_options(function: AnyFunction) -> AnyFunction:
         click.option(
             "--bandwidth",
             metavar="HOW",
-            help="How orthogonal shares are divided: uniform, numbers like 0.2,0.3,0.5, or per-block: anew for each "
-            "block, so that all finish together.  [default: uniform]",
+            help="How orthogonal shares are divided: uniform; static, once for all blocks by how often each expert is used "
+            "(--bs-counts); numbers like 0.2,0.3,0.5; or per-block: anew for each block, so that all finish together.  "
+            "[default: uniform]",
         ),
         click.option(
             "--cost-shape",
@@ -134,6 +135,9 @@ def read_virtual(clock: str, options: dict[str, Any]) -> VirtualConfig | None:
 
 def open_any_station(config: StationConfig, virtual: VirtualConfig | None) -> AbstractContextManager[Station]:
     """Open a station over devices that dial in, or in virtual time."""
+    divided = virtual is not None and virtual.bandwidth == "static"
+    if config.bs_counts is not None and config.bs_experts == "none" and not divided:
+        raise ValueError("--bs-counts says which experts --bs-experts takes; give that as well")
     if virtual is None:
         from wdmoe.bs.station import open_station
 

@@ -17,19 +17,20 @@ import numpy as np
 
 from wdmoe.bs.airtime import Medium, latency_model
 from wdmoe.bs.config import InFlight
+from wdmoe.bs.deciding import choose, context_of, knows_times
 from wdmoe.bs.dispatch import Shipment, relative_error, shipments_of
 from wdmoe.bs.fleet import BS_HOLDS, NOBODY
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
 from wdmoe.bs.importance import norms_of_text
-from wdmoe.bs.latency import DeviceLatency, row_ms
+from wdmoe.bs.latency import DeviceLatency
 from wdmoe.bs.microbatch import Microbatch, Result
 from wdmoe.bs.offload import take_over
 from wdmoe.bs.pacing import STAGES_BUSY, Cost, Pacing, Request, cost_of_block
-from wdmoe.bs.policies import Context, Exact, Policy, RoundRobin, select
+from wdmoe.bs.policies import Exact, Policy, RoundRobin, check_budgets
 from wdmoe.bs.records import BlockRecord, Record
 from wdmoe.bs.requests import Requests, Want, lost_share
-from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing, pairs_used, route
+from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing, pairs_used
 from wdmoe.bs.sensitivity import SensitivityFile
 from wdmoe.bs.stages import OnStation, StationStages
 from wdmoe.bs.tracing import LOOP, STAGES, WAITS, Trace
@@ -178,7 +179,9 @@ class Pipeline:
 
         Raises:
             DeviceTimeout, DeviceFailed, DevicesMissing: a device that is needed is lost; the others are left usable.
+            ValueError: the policy asks for what is not known of this model.
         """
+        check_budgets(policy, self._model.n_blocks)
         self._recover(policy)
         source = enumerate(microbatches)
         exhausted = False
@@ -377,7 +380,7 @@ class Pipeline:
         block, residual = flight.block, flight.residual
         last = block == self._model.n_blocks  # with the head: another thing than the steps before it
         workers = _NO_WORKERS if last else self._workers(block, policy)
-        timeless = last or (isinstance(policy, Exact) and workers.kept is None)
+        timeless = last or (not knows_times(policy) and workers.kept is None)
         latencies = () if timeless else self._latencies(workers, flight.shared_ms)
         short = not last and self._is_short(flight.step_ms)
         self._worker.submit(
@@ -540,18 +543,18 @@ class Pipeline:
         latencies: tuple[DeviceLatency, ...],
         policy: Policy,
     ) -> Plan:
-        if isinstance(policy, Exact):  # it looks at no latency, and what would tell it any takes as long as routing
-            return select(routing, owner, np.empty(0), policy)
-        counts = np.bincount(routing.experts.ravel(), minlength=self._model.n_experts)
-        context = Context(
+        context = context_of(
+            policy,
             block,
-            latency_model(latencies, len(routing.experts), medium=self._medium),
+            routing,
+            router_logits,
+            latencies,
+            self._medium,
             norms=None if self._norms is None else self._norms[block],
             holders=holders,
             sensitivity=None if self.sensitivity is None else self.sensitivity.of_block(block),
-            probabilities=route(router_logits, self._model.n_experts, normalise=False).by_expert(),
         )
-        return select(routing, owner, row_ms(latencies, counts, owner), policy, context)
+        return choose(routing, owner, policy, context)
 
 
 def _track() -> str:

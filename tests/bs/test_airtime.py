@@ -129,3 +129,14 @@ def test_arrays_of_different_lengths_are_refused() -> None:
     one, two = np.zeros(1), np.zeros(2)
     with pytest.raises(ValueError, match="1 devices has arrays of length"):
         LatencyModel(np.zeros((1, 2)), np.zeros(1, np.int64), one, one, two, one, one)
+
+
+def test_the_order_of_requests_is_near_the_best_of_all() -> None:
+    over = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        model, rows = random_model(rng, 4, "shared"), rng.integers(1, 30, 4)
+        load = Load(rows, np.arange(4), rows)
+        best_ms = min(makespan(load, model, order).total_ms for order in permutations(range(4)))
+        over.append(makespan(load, model).total_ms / best_ms)
+    assert min(over) > 1 - 1e-9 and np.mean(over) < 1.01
