@@ -11,7 +11,7 @@ its row time may be asked again under the division that they led to (their optio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from wdmoe.bs.airtime import BlockTime, Ints, LatencyModel, Load, Medium, Times,
 from wdmoe.bs.allocation import per_block, with_shares
 from wdmoe.bs.latency import DeviceLatency
 from wdmoe.bs.policies import Bottleneck, Capacity, Context, Policy, RoundRobin, Sensitivity, Wlr, select
+from wdmoe.bs.policies.exact import select_exact
 from wdmoe.bs.routing import Bools, Floats, Plan, Routing, softmax
 
 _NO_TIMES: Times = np.empty(0)
@@ -137,6 +138,12 @@ def load_of_plan(plan: Plan, routing: Routing, owner: Ints, n_devices: int) -> L
     experts = routing.experts if plan.experts is None else plan.experts
     asked = owner[experts] if plan.devices is None else plan.devices
     return load_of(experts, plan.keep, asked, len(owner), n_devices)
+
+
+def pairs_of_model(plan: Plan, routing: Routing, owner: Ints, n_devices: int) -> int:
+    """Count the pairs of the model's own choice, asked of whom the plan asks: with nothing left out, or other experts taken."""
+    everything = replace(select_exact(routing), devices=plan.devices)
+    return int(load_of_plan(everything, routing, owner, n_devices).rows.sum())
 
 
 def row_times(routing: Routing, owner: Ints, model: LatencyModel) -> Times:

@@ -17,7 +17,7 @@ import numpy as np
 
 from wdmoe.bs.airtime import Medium, latency_model
 from wdmoe.bs.config import InFlight
-from wdmoe.bs.deciding import choose, context_of, knows_times
+from wdmoe.bs.deciding import asks_replicas, choose, context_of, knows_times, pairs_of_model
 from wdmoe.bs.dispatch import Shipment, relative_error, shipments_of
 from wdmoe.bs.fleet import BS_HOLDS, NOBODY
 from wdmoe.bs.held import HeldExperts
@@ -30,7 +30,7 @@ from wdmoe.bs.pacing import STAGES_BUSY, Cost, Pacing, Request, cost_of_block
 from wdmoe.bs.policies import Exact, Policy, RoundRobin, check_budgets
 from wdmoe.bs.records import BlockRecord, Record
 from wdmoe.bs.requests import Requests, Want, lost_share
-from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing, pairs_used
+from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing
 from wdmoe.bs.sensitivity import SensitivityFile
 from wdmoe.bs.stages import OnStation, StationStages
 from wdmoe.bs.tracing import LOOP, STAGES, WAITS, Trace
@@ -420,8 +420,8 @@ class Pipeline:
         return self._skip_lost and not isinstance(policy, Exact)
 
     def _workers(self, block: int, policy: Policy) -> Workers:
-        """Say who runs which expert of a block now; for a policy that deals rows out, all who may."""
-        may_skip, deals = self._may_skip(policy), isinstance(policy, RoundRobin)
+        """Say who runs which expert of a block now; for a policy that asks others as well, all who may."""
+        may_skip, deals = self._may_skip(policy), asks_replicas(policy)
         now_at = (self._hub.changes, self.requests.fleet.changes)
         if now_at != self._known_at:
             self._known_workers, self._known_at = {}, now_at
@@ -508,7 +508,7 @@ class Pipeline:
         sent = pairs = sum(len(shipment.rows) for shipment in shipments)
         gate_mass_dropped = 0.0
         if not isinstance(policy, Exact | RoundRobin):  # those leave nothing out
-            pairs = int(pairs_used(routing.experts, np.ones_like(plan.keep), owner, len(workers.names)).sum())
+            pairs = pairs_of_model(plan, routing, owner, len(workers.names))
             gate_mass_dropped = plan.dropped_mass(routing)
         record = BlockRecord(
             pairs=pairs,

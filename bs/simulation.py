@@ -15,7 +15,7 @@ import numpy as np
 from wdmoe.bs.airtime import LatencyModel, Times
 from wdmoe.bs.allocation import parts_ms, uniform, with_shares
 from wdmoe.bs.allocation import static as static_shares
-from wdmoe.bs.deciding import decide, load_of_plan, reads_probabilities
+from wdmoe.bs.deciding import decide, load_of_plan, pairs_of_model, reads_probabilities
 from wdmoe.bs.policies import Context, Policy, check_budgets
 from wdmoe.bs.policies.exact import Replicas, select_exact
 from wdmoe.bs.radio import Cell
@@ -155,7 +155,7 @@ def _block_ms(routing: Routing, owner: Ints, context: Context, policy: Policy, r
     model = context.model
     assert model is not None
     decision = decide(routing, owner, policy, context, model)
-    pairs = int(load_of_plan(select_exact(routing), routing, owner, model.n_devices).rows.sum())
+    pairs = pairs_of_model(decision.plan, routing, owner, model.n_devices)
     result.pairs += pairs
     result.droppable += pairs - len(routing.experts)
     result.sent += int(decision.load.rows.sum())

@@ -65,6 +65,12 @@ class Replicas:
         count = holders.sum(axis=1)
         return cls(device, np.cumsum(count) - count, count)
 
+    def of_expert(self, expert: int) -> list[int]:
+        """Return the devices that hold an expert."""
+        first = int(self.first[expert])
+        devices: list[int] = self.device[first : first + int(self.count[expert])].tolist()
+        return devices
+
     def deal(self, experts: Ints, begin: int = 0) -> Ints:
         """Deal the rows of each expert to its holders in turn: experts [tokens, k] -> pairs [tokens, k].
 
