@@ -269,32 +269,29 @@ def few_finish_ms(asked: Sequence[Asked], medium: Medium) -> tuple[list[float], 
     return finish, order
 
 
-def latency_model(
-    devices: Sequence[DeviceLatency], up_to: int, staging_ms: Sequence[float] | None = None, medium: Medium = "own"
-) -> LatencyModel:
+def latency_model(devices: Sequence[DeviceLatency], up_to: int, medium: Medium = "own") -> LatencyModel:
     """Put the live models of devices together.
 
     Args:
         devices: as the trackers have them; a correction holds for all that a device is charged with, but not for
             the air of a channel that it shares with others.
         up_to: the most tokens that a call may have.
-        staging_ms: of each row, by device; None: it is in the tables or not known.
         medium: what the links are.
     """
     curves: dict[Curve, int] = {}
     table = [curves.setdefault(device.curve, len(curves)) for device in devices]
     size = 1 << max(0, up_to - 1).bit_length()
     correction = np.array([device.correction for device in devices])
-    link_ms = np.array([device.row_link_ms for device in devices]) / 2  # symmetric, as far as is known
-    link_ms *= correction if medium == "own" else 1.0
+    link_ms = np.array([device.row_link_ms for device in devices]) * (correction if medium == "own" else 1.0)
+    up_ms = link_ms * np.array([device.up_part for device in devices])
     return LatencyModel(
         tables=_stack(tuple(curves), size),
         table=np.array(table, np.int64),
         slowness=correction,
-        staging_ms=correction * (0.0 if staging_ms is None else np.array(staging_ms)),
+        staging_ms=correction * np.array([device.staging_ms for device in devices]),
         way_ms=correction * np.array([device.round_trip_ms for device in devices]) / 2,
-        down_ms=link_ms,
-        up_ms=link_ms,
+        down_ms=link_ms - up_ms,
+        up_ms=up_ms,
         medium=medium,
     )
 

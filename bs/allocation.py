@@ -11,6 +11,8 @@ share b a row takes air / b, where air is its time there and back with the whole
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from wdmoe.bs.airtime import FEW, LatencyModel, Load, Times, pooled_root
@@ -54,12 +56,26 @@ def per_block(load: Load, model: LatencyModel) -> tuple[Times, float]:
     else:
         loaded = np.flatnonzero(load.rows).tolist()
         air_ms, fixed_ms = (part[loaded].tolist() for part in parts_ms(load, model))
+    parts, total_ms = finish_together(air_ms, fixed_ms)
+    shares = np.zeros(len(load.rows))
+    shares[loaded] = parts
+    return shares, total_ms
+
+
+def finish_together(air_ms: Sequence[float], fixed_ms: Sequence[float]) -> tuple[list[float], float]:
+    """Divide a band among devices that all finish at one time: share = air / (time - fixed).
+
+    Args:
+        air_ms: of each with the whole band.
+        fixed_ms: what each takes besides.
+
+    Returns:
+        Shares that sum to 1, and the time; a device that needs no air has no share.
+    """
     total_ms = pooled_root(air_ms, fixed_ms)
     parts = [a / (total_ms - f) if a > 0 else 0.0 for a, f in zip(air_ms, fixed_ms, strict=True)]
     scale = 1 / whole if (whole := sum(parts)) else 0.0  # what rounding, or one that needs no air, left over
-    shares = np.zeros(len(load.rows))
-    shares[loaded] = [scale * part for part in parts]
-    return shares, total_ms
+    return [scale * part for part in parts], total_ms
 
 
 def static(air_ms: Times, fixed_ms: Times) -> Times:

@@ -61,21 +61,22 @@ def device_options(function: AnyFunction) -> AnyFunction:
             "links",
             callback=read_list,
             metavar="LINK,...",
-            help=f"Modelled links, one for all or one each: {', '.join(link_names())}, or {RADIO_EXAMPLE}.",
+            help=f"Modelled links, one for all or one each: {', '.join(link_names())}, or {RADIO_EXAMPLE}. In real time: "
+            "what the devices' real links carry, in the order of their names; without it, requests tell.",
         ),
         click.option(
             "--channel",
             type=click.Choice(["shared", "orthogonal"]),
             metavar="KIND",
             help="shared: one half-duplex channel for all; orthogonal: a share of the bandwidth for each device.  "
-            "[default: shared]",
+            "[default: shared; in real time as emulated devices say, else orthogonal]",
         ),
         click.option(
             "--bandwidth",
             metavar="HOW",
             help="How orthogonal shares are divided: uniform; static, once for all blocks by how often each expert is used "
-            "(--bs-counts); numbers like 0.2,0.3,0.5; or per-block: anew for each block, so that all finish together.  "
-            "[default: uniform]",
+            "(--bs-counts), in virtual time; numbers like 0.2,0.3,0.5; or per-block: anew for each block, so that all finish "
+            "together. In real time senders keep to it by pacing.  [default: uniform; in real time nothing is divided]",
         ),
         click.option(
             "--cost-shape",
@@ -123,6 +124,7 @@ def read_virtual(clock: str, options: dict[str, Any]) -> VirtualConfig | None:
     """
     given = {name: value for name in VIRTUAL_OPTIONS if (value := options.pop(name)) is not None}
     if clock == "real":
+        options.update((name, given.pop(name)) for name in ("links", "channel", "bandwidth") if name in given)
         if given:
             option = next(iter(given)).replace("_", "-").replace("links", "link")
             raise ValueError(f"--{option} is for modelled devices; give --clock virtual as well")
@@ -135,8 +137,8 @@ def read_virtual(clock: str, options: dict[str, Any]) -> VirtualConfig | None:
 
 def open_any_station(config: StationConfig, virtual: VirtualConfig | None) -> AbstractContextManager[Station]:
     """Open a station over devices that dial in, or in virtual time."""
-    divided = virtual is not None and virtual.bandwidth == "static"
-    if config.bs_counts is not None and config.bs_experts == "none" and not divided:
+    static = virtual is not None and virtual.bandwidth == "static"
+    if config.bs_counts is not None and config.bs_experts == "none" and not static:
         raise ValueError("--bs-counts says which experts --bs-experts takes; give that as well")
     if virtual is None:
         from wdmoe.bs.station import open_station

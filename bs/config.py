@@ -42,6 +42,10 @@ class StationConfig:
     trace: Path | None = None  # where to write a timeline
     health: str | None = None  # HOST:PORT to serve /health on
     when_lost: Literal["fail", "skip"] = "fail"  # under policies other than exact
+    # Of devices that dial in, as VirtualConfig has it for modelled ones:
+    links: tuple[str, ...] = ()  # what real links carry, one for all or one each by name; empty: as requests tell
+    channel: Literal["shared", "orthogonal"] | None = None  # None: as emulated devices say, else orthogonal
+    bandwidth: str | None = None  # uniform, per-block, or numbers like 0.2,0.3,0.5 by name; None: nothing is divided
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -60,6 +64,29 @@ class StationConfig:
             raise ValueError(f"--bs-holds is {self.bs_holds!r}, expected a number of experts, all, or none")
         if self.bs_experts not in ("auto", "none") and not (self.bs_experts.isdecimal() and int(self.bs_experts) > 0):
             raise ValueError(f"--bs-experts is {self.bs_experts!r}, expected a number of experts, auto, or none")
+        for link in self.links:
+            modelled_link(link)
+        if self.channel == "shared" and self.bandwidth is not None:
+            raise ValueError(
+                "--bandwidth divides orthogonal shares, --channel shared is one for all; leave one of them out"
+            )
+        if self.in_flight == "auto" and self.bandwidth == "per-block":
+            raise ValueError("--bandwidth per-block divides the band among the microbatches; give --in-flight a number")
+        if (shares := self.fixed_shares) is not None and (min(shares) <= 0 or sum(shares) > 1 + 1e-9):
+            raise ValueError(f"--bandwidth is {self.bandwidth}: shares must be positive and sum to at most 1")
+
+    @property
+    def fixed_shares(self) -> tuple[float, ...] | None:
+        """The shares that --bandwidth lists; None: it lists none."""
+        if self.bandwidth in (None, "uniform", "per-block"):
+            return None
+        try:
+            return tuple(float(part) for part in self.bandwidth.split(","))
+        except ValueError as error:
+            raise ValueError(
+                f"--bandwidth is {self.bandwidth!r}, expected uniform, per-block, or numbers like 0.2,0.3,0.5; static is for "
+                "--clock virtual"
+            ) from error
 
     @property
     def encrypted(self) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +24,8 @@ from wdmoe.runtime.messages import (
 )
 
 Partial = tuple[Ints, Floats]  # rows of the microbatch, and what is to be added to them
+_ROWS_OF_A_PIECE = 4  # on average, from which adding row by row is faster
+_ONLY_ROW = np.zeros(1, np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,8 @@ def shipments_of(
         names: of the devices.
         packed: what the experts see.
     """
+    if len(plan.keep) == 1:
+        return _shipments_of_row(block, routing, plan, owner, names, packed)
     token, slot = np.nonzero(plan.keep)
     expert = (routing.experts if plan.experts is None else plan.experts)[token, slot]
     weight = plan.weights[token, slot]
@@ -111,6 +118,32 @@ def shipments_of(
             weights=weights[start:at],
         )
         shipments.append(Shipment(names[k], rows, request, packed.of(k, rows)))
+    return shipments
+
+
+def _shipments_of_row(
+    block: int, routing: Routing, plan: Plan, owner: Ints, names: Sequence[str], packed: Packed
+) -> list[Shipment]:
+    """Do the same for one token, in plain numbers, which for so few are faster."""
+    experts = (routing.experts if plan.experts is None else plan.experts)[0]
+    devices = owner[experts] if plan.devices is None else plan.devices[0]
+    slots = zip(devices.tolist(), experts.tolist(), plan.weights[0].tolist(), plan.keep[0].tolist(), strict=True)
+    calls = sorted((device, expert, weight) for device, expert, weight, keep in slots if keep)
+    shipments: list[Shipment] = []
+    for device, asked in groupby(calls, itemgetter(0)):
+        _, numbers, weights = zip(*asked, strict=True)
+        n = len(numbers)
+        request = ExpertRequest(
+            request_id=0,
+            block=block,
+            rows=1,
+            wire=packed.wire,
+            experts=numbers,
+            counts=(1,) * n,
+            index=bytes(4 * n),
+            weights=struct.pack(f"<{n}f", *weights),
+        )
+        shipments.append(Shipment(names[device], _ONLY_ROW, request, packed.of(device, _ONLY_ROW)))
     return shipments
 
 
@@ -182,6 +215,19 @@ def _request(block: int, n_rows: int, wire: Wire, expert: Ints, index: Ints, wei
     )
 
 
+def _add_rows(total: Floats, rows: Ints, values: Floats) -> None:
+    """Add values to rows, ascending: piece by piece where few are missing, as gathering them would copy all of them."""
+    ends = np.flatnonzero(np.diff(rows) > 1) + 1
+    if len(ends) * _ROWS_OF_A_PIECE > len(rows):
+        total[rows] += values
+        return
+    at = 0
+    for end in (*ends.tolist(), len(rows)):
+        first = int(rows[at])
+        total[first : first + end - at] += values[at:end]
+        at = end
+
+
 def combine(
     n_rows: int, d_model: int, partials: Iterable[Partial], lost_share: Floats | None, shared: Floats | None
 ) -> Floats:
@@ -200,7 +246,7 @@ def combine(
         if len(rows) == n_rows:  # they ascend: all of them, in their order
             total += values
         else:
-            total[rows] += values
+            _add_rows(total, rows, values)
     if lost_share is not None:
         came: Bools = lost_share < 1 - 1e-6
         total[came] /= (1 - lost_share[came, None]).astype(np.float32)

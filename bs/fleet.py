@@ -61,10 +61,10 @@ class Fleet:
             device: who answered.
             correction: its measured over predicted latency, see `LatencyTracker`.
         """
-        standing = self.of(device)
+        standing = self.standings.get(device)
         if correction >= SLOW_CORRECTION:
             self.penalise(device, f"{correction:.1f} x slower than its profile")
-        elif standing.health is Health.PENALISED:
+        elif standing is not None and standing.health is Health.PENALISED:
             standing.good_answers += 1
             self.changes += 1
             if standing.good_answers >= GOOD_ANSWERS:
@@ -74,8 +74,9 @@ class Fleet:
         """Use a device only where no healthy one can do the work; a blocked one stays blocked."""
         standing = self.standings.setdefault(device, Standing())
         if standing.health is not Health.BLOCKED:
+            if standing.health is Health.HEALTHY or standing.good_answers:
+                self.changes += 1
             standing.health, standing.reason, standing.good_answers = Health.PENALISED, reason, 0
-            self.changes += 1
 
     def block(self, device: str, reason: str, now_s: float, silent_since_s: float | None = None) -> None:
         """Use a device no more until a probe is answered.
@@ -95,8 +96,8 @@ class Fleet:
 
     def on_heard(self, device: str, heard_s: float, now_s: float) -> None:
         """Make the next probe due at once where a device was blocked for its silence and has been heard since."""
-        standing = self.of(device)
-        if standing.silent_since_s is not None and heard_s > standing.silent_since_s:
+        standing = self.standings.get(device)
+        if standing is not None and standing.silent_since_s is not None and heard_s > standing.silent_since_s:
             standing.silent_since_s, standing.probe_at_s = None, now_s
 
     def on_joined(self, device: str) -> None:
@@ -123,8 +124,8 @@ class Fleet:
     def probes_due(self, connected: Iterable[str], now_s: float) -> list[str]:
         """Return the blocked devices to probe now; their next turn comes after a doubled pause."""
         due: list[str] = []
-        for device in sorted(connected):
-            standing = self.of(device)
+        for device in sorted(self.standings.keys() & connected):  # of the others, nothing is known against them
+            standing = self.standings[device]
             if standing.health is Health.BLOCKED and now_s >= standing.probe_at_s:
                 standing.probe_pause_s = min(PROBE_LAST_S, 2 * standing.probe_pause_s)
                 standing.probe_at_s = now_s + standing.probe_pause_s
@@ -133,7 +134,8 @@ class Fleet:
 
     def usable(self, device: str) -> bool:
         """Whether a device may be given work."""
-        return self.of(device).health is not Health.BLOCKED
+        standing = self.standings.get(device)
+        return standing is None or standing.health is not Health.BLOCKED
 
     def preferred(self, candidates: Iterable[str]) -> str | None:
         """Choose among the devices that hold an expert; None if none is usable.

@@ -13,6 +13,7 @@ from wdmoe.bs.latency import LatencyTracker
 from wdmoe.bs.refusals import Kind, Refusals
 from wdmoe.bs.roster import Roster
 from wdmoe.runtime.clock import Clock
+from wdmoe.runtime.departures import Departures, Pace
 from wdmoe.runtime.errors import DevicesMissing, ProtocolError
 from wdmoe.runtime.links import Link, Parcel, Peer
 from wdmoe.runtime.manifest import BsManifest
@@ -51,6 +52,7 @@ class Device:
     experts: frozenset[tuple[int, int]]  # (block, expert)
     latency: LatencyTracker
     last_heard_s: float
+    pace: Pace = field(default_factory=Pace)  # of what is sent to it on a share of a real link
     pings: dict[int, float] = field(default_factory=dict)  # nonce -> when it was sent
 
 
@@ -92,7 +94,9 @@ Event = Replied | Complained | Joined | Left
 class Hub:
     """The connected devices, and the one loop turn that keeps them."""
 
-    def __init__(self, link: Link, manifest: BsManifest, clock: Clock, roster: Roster | None = None) -> None:
+    def __init__(
+        self, link: Link, manifest: BsManifest, clock: Clock, roster: Roster | None = None, spin_s: float = 0.0
+    ) -> None:
         """Take over a link.
 
         Args:
@@ -100,6 +104,7 @@ class Hub:
             manifest: of the model; devices of another bundle are refused.
             clock: for heartbeats.
             roster: who may speak on an encrypted link; None: the link is not encrypted and anybody may.
+            spin_s: how long before a message leaves not to sleep any more, where the link's sleep is not exact.
         """
         self.devices: dict[str, Device] = {}
         self.changes = 0  # of `devices`
@@ -111,23 +116,30 @@ class Hub:
         self._roster = roster
         self._peers: dict[Peer, str] = {}
         self._outbox: list[Parcel] = []
+        self._later: Departures[Parcel] = Departures()
+        self._spin_s = spin_s
         self._left: list[Event] = []  # since the last turn, by our own decision
         self._next_ping_s = clock.now_s()
         self._nonce = 0
         self._closing = False
 
-    def send(self, device: str, message: Message) -> None:
-        """Queue a message for the next turn; dropped if the device is gone."""
+    def send(self, device: str, message: Message, leaves_s: float = float("-inf")) -> None:
+        """Queue a message for the next turn from a moment on; dropped if the device is gone."""
         if (known := self.devices.get(device)) is not None:
-            self._outbox.append(Parcel(known.peer, encode(message)))
+            parcel = Parcel(known.peer, encode(message))
+            if leaves_s > self.clock.now_s():
+                self._later.hold(parcel, leaves_s)
+            else:
+                self._outbox.append(parcel)
 
     def turn(self, timeout_s: float) -> list[Event]:
         """Send what is queued, wait at most `timeout_s` for something to come, and tell what it was."""
         self.last_turn_s = now_s = self.clock.now_s()
         if now_s >= self._next_ping_s:
             self._ping_all(now_s)
-        outgoing, self._outbox = self._outbox, []
-        arrived = self._link.exchange(outgoing, min(timeout_s, max(0.0, self._next_ping_s - now_s)))
+        outgoing, self._outbox = [*self._outbox, *self._later.due(now_s)], []
+        timeout_s = self._later.wait_s(now_s, min(timeout_s, max(0.0, self._next_ping_s - now_s)), self._spin_s)
+        arrived = self._link.exchange(outgoing, timeout_s)
         left, self._left = self._left, []
         return [*left, *(event for parcel in arrived if (event := self._take(parcel)) is not None)]
 

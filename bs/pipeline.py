@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from wdmoe.bs.airtime import Medium, latency_model
+from wdmoe.bs.airtime import Medium, few_finish_ms, latency_model
 from wdmoe.bs.config import InFlight
 from wdmoe.bs.deciding import asks_replicas, choose, context_of, knows_times, pairs_of_model
 from wdmoe.bs.dispatch import Shipment, relative_error, shipments_of
@@ -28,17 +28,21 @@ from wdmoe.bs.microbatch import Microbatch, Result
 from wdmoe.bs.offload import take_over
 from wdmoe.bs.pacing import STAGES_BUSY, Cost, Pacing, Request, cost_of_block
 from wdmoe.bs.policies import Exact, Policy, RoundRobin, check_budgets
+from wdmoe.bs.policies.exact import select_exact
 from wdmoe.bs.records import BlockRecord, Record
 from wdmoe.bs.requests import Requests, Want, lost_share
 from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing
 from wdmoe.bs.sensitivity import SensitivityFile
 from wdmoe.bs.stages import OnStation, StationStages
 from wdmoe.bs.tracing import LOOP, STAGES, WAITS, Trace
+from wdmoe.bs.transmitting import LiveBand, shares_of_block
 from wdmoe.runtime.errors import DeviceFailed, DevicesMissing
 from wdmoe.runtime.manifest import BsManifest
+from wdmoe.runtime.memory import keep_freed_memory
 from wdmoe.runtime.messages import ExpertRequest, Rows, Wire
 from wdmoe.runtime.worker import Worker
 
+_LOSSLESS = (Exact, RoundRobin)  # policies that leave nothing out
 _STAND_IN = DeviceLatency(((1, 1.0),), 0.0)  # of experts that no device runs now: they are not measured
 RECOVER_S = 2.0  # at the start of a run, for devices that were blocked in an earlier one
 SHORT_MS = 20.0  # what took no longer in the block before may hold up the loop
@@ -51,7 +55,7 @@ class Dispatched:
     residual: OnStation
     hidden: OnStation
     shipments: list[Shipment]
-    asked_weight: Floats  # [n], sum of the gate weights asked for, by token
+    asked: Floats  # [n, k], the gate weights asked for
     record: BlockRecord
 
 
@@ -68,7 +72,7 @@ class Flight:
     residual: OnStation = None
     wants: list[Want] = field(default_factory=list)  # of this block, by device
     waiting: int = 0  # wants that are not done
-    asked_weight: Floats | None = None
+    asked: Floats | None = None
     shared: OnStation = None
     shared_pending: bool = False
     result: Result | None = None
@@ -129,9 +133,10 @@ class Pipeline:
         held: HeldExperts | None = None,
         skip_lost: bool = False,
         trace: Trace | None = None,
-        medium: Medium = "own",
-        on_dispatch: Callable[[Sequence[Shipment]], Sequence[int]] = lambda shipments: range(len(shipments)),
+        medium: Medium | None = None,
+        on_dispatch: Callable[[Sequence[Shipment]], Sequence[int]] | None = None,
         stage_workers: int = 1,
+        band: LiveBand | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -144,10 +149,13 @@ class Pipeline:
             held: experts at the base station: those it keeps, and those for when a device is lost.
             skip_lost: whether a policy other than exact may leave out what is lost.
             trace: collects a timeline.
-            medium: what the devices' links are, for the latency model.
-            on_dispatch: told what one microbatch is to send in one block; returns in which order.
+            medium: what the devices' links are; None: one shared channel if an emulated device says so, else own ones.
+            on_dispatch: told what one microbatch is to send in one block; returns in which order. None: a pooled band is
+                divided, and on a shared channel the order is that of `airtime.few_finish_ms`.
             stage_workers: how many jobs the worker runs at a time.
+            band: how devices that dial in share theirs.
         """
+        keep_freed_memory()
         self._trace = trace
         self._hub = hub
         self.stages = stages
@@ -156,8 +164,11 @@ class Pipeline:
         self._held = held
         self._wire: Wire = wire
         self._skip_lost = skip_lost
-        self._medium: Medium = medium
-        self._on_dispatch = on_dispatch
+        self._given_medium = medium
+        self._medium: Medium = medium or "own"  # as of the last step
+        self._band = band or LiveBand()
+        self._in_flight = 1  # at most, in this run
+        self._on_dispatch = on_dispatch or self._dispatch
         self.sensitivity: SensitivityFile | None = None  # of the blocks, as calibrated
         self.on_router: Callable[[int, Floats], None] | None = None  # told each block's logits, on the worker
         self._worker = make_worker(hub.wake)
@@ -165,6 +176,7 @@ class Pipeline:
         self._flights: list[Flight] = []
         self._landed: list[Flight] = []
         self.pacing = Pacing()
+        self._paced = False  # whether this run asks it
         self._stage_workers = stage_workers
         self._uncosted: list[tuple[float, list[Shipment]]] = []  # steps, how long each took, that pacing does not know
         self._known_workers: dict[tuple[int, bool, bool], Workers] = {}  # while nobody comes, goes or fails
@@ -182,6 +194,8 @@ class Pipeline:
             ValueError: the policy asks for what is not known of this model.
         """
         check_budgets(policy, self._model.n_blocks)
+        self._in_flight = 1 if in_flight == "auto" else in_flight
+        self._paced = in_flight == "auto"
         self._recover(policy)
         source = enumerate(microbatches)
         exhausted = False
@@ -256,11 +270,15 @@ class Pipeline:
         """Say how many microbatches there may be now."""
         return self.pacing.in_flight if in_flight == "auto" else in_flight
 
+    def _to_learn(self, step_ms: float, shipments: list[Shipment]) -> None:
+        """Keep what a step cost until there is time for it, if anybody will ask."""
+        if self._paced:
+            self._uncosted.append((step_ms, shipments))
+
     def _learn(self) -> None:
         """Let pacing know what the last steps cost; while what they sent is on its way."""
         for step_ms, shipments in self._uncosted:
-            asked, medium = self._asked(shipments), self._medium_of(shipments)
-            self.pacing.note(cost_of_block(step_ms, asked, medium, self._stage_workers))
+            self.pacing.note(cost_of_block(step_ms, self._asked(shipments), self._medium, self._stage_workers))
         self._uncosted.clear()
 
     def _asked(self, shipments: Sequence[Shipment]) -> list[Request]:
@@ -272,11 +290,29 @@ class Pipeline:
                 asked.append(Request(device.name, air_ms, compute_ms, device.latency.round_trip_ms))
         return asked
 
-    def _medium_of(self, shipments: Sequence[Shipment]) -> Medium:
-        """Say what the links are; emulated devices of a live run tell whether they share a channel."""
-        devices = [self._hub.devices[s.device] for s in shipments if s.device in self._hub.devices]
-        emulated = [device.latency.profile.emulated for device in devices]
-        return "shared" if any(what is not None and what.shared for what in emulated) else self._medium
+    def _medium_now(self) -> Medium:
+        """Say what the links are; emulated devices tell whether they share a channel."""
+        if self._given_medium is not None:
+            return self._given_medium
+        emulated = [device.latency.profile.emulated for device in self._hub.devices.values()]
+        return "shared" if any(what is not None and what.shared for what in emulated) else "own"
+
+    def _dispatch(self, shipments: Sequence[Shipment]) -> Sequence[int]:
+        """Divide a pooled band, or say in which order to send on a shared channel; what the base station runs comes last."""
+        if self._medium == "own":
+            return range(len(shipments))
+        devices = self._hub.devices
+        there = [n for n, shipment in enumerate(shipments) if shipment.device in devices]
+        latencies, requests = (
+            [devices[shipments[n].device].latency for n in there],
+            [shipments[n].request for n in there],
+        )
+        asked = [latency.asked_ms(r.counts, r.rows) for latency, r in zip(latencies, requests, strict=True)]
+        if self._medium == "pooled":
+            for latency, share in zip(latencies, shares_of_block(asked, self._in_flight), strict=True):
+                latency.set_share(share, lasting=False)
+        _, order = few_finish_ms(asked, "shared")
+        return [*(there[turn] for turn in order), *(n for n in range(len(shipments)) if n not in there)]
 
     def _recover(self, policy: Policy) -> None:
         """Probe what was blocked in an earlier run, and wait for the answers if it is needed."""
@@ -310,17 +346,17 @@ class Pipeline:
                 flight.result = outcome
                 flight.record.bs_ms += took_ms
                 flight.record.latency_ms = (now_s - flight.started_s) * 1e3
-                self._uncosted.append((took_ms, []))
+                self._to_learn(took_ms, [])
                 self._flights.remove(flight)
                 self._landed.append(flight)
             case Dispatched():
                 flight.step_ms = took_ms
                 flight.record.bs_ms += took_ms
-                flight.residual, flight.asked_weight = outcome.residual, outcome.asked_weight
+                flight.residual, flight.asked = outcome.residual, outcome.asked
                 flight.record.blocks.append(outcome.record)
                 flight.stage_done_s = now_s
                 self._ask(flight, outcome, policy)
-                self._uncosted.append((took_ms, outcome.shipments))
+                self._to_learn(took_ms, outcome.shipments)
                 if self._model.shared_expert:
                     # Runs while the rows are on the air.
                     block, hidden = flight.block, outcome.hidden
@@ -329,7 +365,8 @@ class Pipeline:
             case Shared(rows=rows):
                 flight.shared_ms = took_ms
                 flight.record.shared_ms += took_ms
-                self.pacing.note(Cost(0.0, {STAGES_BUSY: took_ms / self._stage_workers}))  # while rows are on the air
+                if self._paced:  # while rows are on the air
+                    self.pacing.note(Cost(0.0, {STAGES_BUSY: took_ms / self._stage_workers}))
                 flight.shared, flight.shared_pending = rows, False
                 flight.stage_done_s = now_s
                 self._continue_if_complete(flight, policy)
@@ -367,8 +404,8 @@ class Pipeline:
         if self._trace is not None:
             self._trace.add(WAITS, f"block {flight.block} of {flight.microbatch.name}", flight.stage_done_s, now_s)
         rows, shared, wants = len(flight.microbatch.token_ids), flight.shared, flight.wants
-        assert flight.asked_weight is not None
-        lost = lost_share(rows, wants, flight.asked_weight)
+        assert flight.asked is not None
+        lost = lost_share(rows, wants, flight.asked)
         partials = [partial for want in wants for partial in want.partials]
         flight.block += 1
         flight.wants, flight.shared = [], None
@@ -425,6 +462,8 @@ class Pipeline:
         now_at = (self._hub.changes, self.requests.fleet.changes)
         if now_at != self._known_at:
             self._known_workers, self._known_at = {}, now_at
+            self._medium = self._medium_now()
+            self._band.admit(self._hub.devices.values())
         if (known := self._known_workers.get((block, may_skip, deals))) is not None:
             return known
         owners: list[str] = []
@@ -507,14 +546,14 @@ class Pipeline:
         shipments = shipments_of(block, routing, plan, owner, workers.names, routed.packed)
         sent = pairs = sum(len(shipment.rows) for shipment in shipments)
         gate_mass_dropped = 0.0
-        if not isinstance(policy, Exact | RoundRobin):  # those leave nothing out
+        if not isinstance(policy, _LOSSLESS):
             pairs = pairs_of_model(plan, routing, owner, len(workers.names))
             gate_mass_dropped = plan.dropped_mass(routing)
         record = BlockRecord(
             pairs=pairs,
             droppable=pairs - len(routing.experts),
             sent=sent,
-            gate_mass=float(routing.weights.sum()),
+            gate_mass=float(np.add.reduce(routing.weights, axis=None)),
             gate_mass_dropped=gate_mass_dropped,
             theta=plan.theta,
             stopped=plan.stopped,
@@ -523,7 +562,7 @@ class Pipeline:
             # Of one block; the next microbatch of another.
             flight.record.wire_error = relative_error(self.stages.on_host(routed.hidden), self._wire)
         self._note(flight, f"stage {block}", started_s)
-        return Dispatched(routed.residual, routed.hidden, shipments, plan.weights.sum(axis=1), record)
+        return Dispatched(routed.residual, routed.hidden, shipments, plan.weights, record)
 
     def _owner(self, workers: Workers, routing: Routing, latencies: tuple[DeviceLatency, ...]) -> Ints:
         """Say who runs each expert for these rows: the base station takes over what makes the block shorter."""
@@ -543,6 +582,8 @@ class Pipeline:
         latencies: tuple[DeviceLatency, ...],
         policy: Policy,
     ) -> Plan:
+        if isinstance(policy, Exact):  # for one token, a context for nothing takes as long as the plan
+            return select_exact(routing)
         context = context_of(
             policy,
             block,

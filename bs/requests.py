@@ -21,9 +21,10 @@ from wdmoe.bs.hub import HEARTBEAT_S, Complained, Event, Hub, Joined, Left, Repl
 from wdmoe.bs.records import BlockRecord, DeviceUse
 from wdmoe.bs.routing import Floats, Ints
 from wdmoe.bs.tracing import Reply, Trace
+from wdmoe.bs.transmitting import Sending, sending
 from wdmoe.runtime.errors import DeviceError, DeviceFailed, DeviceTimeout
 from wdmoe.runtime.manifest import ModelSpec
-from wdmoe.runtime.messages import ExpertReply, ExpertRequest, Message, Rows, unpack_rows
+from wdmoe.runtime.messages import ExpertReply, ExpertRequest, Message, Rows, all_finite, unpack_rows
 
 # A device is lost when it is both late and silent; one that answers pings may be late for longer.
 LATE_AT_LEAST_S = 2.0
@@ -69,8 +70,10 @@ class Pending:
     attempt: Attempt
     shipment: Shipment
     message: Message
-    sent_s: float
+    sent_s: float  # when it left, or will
     check_s: float  # when to look next
+    longer_ms: float = 0.0  # what a share of the band adds on the air
+    reported_ms: float = 0.0  # of that, what the reply reports as waiting
     predicted_ms: float = 0.0
     allowed_s: float = LATE_AT_LEAST_S  # from sending to the answer, before the device is suspected
     hedge_s: float = float("inf")  # when to ask another as well
@@ -203,7 +206,7 @@ class Requests:
             self._fail(DeviceFailed(name, f"answered {header.rows} rows to a request of {len(pending.shipment.rows)}"))
             return
         rows = unpack_rows(message.rows)
-        if not np.isfinite(rows).all():
+        if not all_finite(rows):
             block = pending.shipment.request.block
             self._fail(DeviceFailed(name, f"sent rows that are not finite for block {block}"))
             return
@@ -215,12 +218,14 @@ class Requests:
             self._trace.replies.append(Reply(name, request.block, want.name, *times_s))
         self._answers.append(Answer(name, request.counts, request.rows, took_ms, header.compute_us / 1e3))
         want.record.bytes_up += message_bytes(message)
-        compute_ms, queue_ms = header.compute_us / 1e3, header.queue_us / 1e3
-        air_ms = took_ms - compute_ms
+        compute_ms, queue_ms = header.compute_us / 1e3, max(0.0, header.queue_us / 1e3 - pending.reported_ms)
+        air_ms = took_ms - compute_ms + pending.longer_ms
         want.record.device_ms = max(want.record.device_ms, compute_ms)
         want.record.air_ms = max(want.record.air_ms, air_ms)
         want.record.queue_ms = max(want.record.queue_ms, queue_ms)
-        want.devices.setdefault(name, DeviceUse()).add(header.rows, compute_ms, queue_ms, air_ms)
+        if (use := want.devices.get(name)) is None:
+            use = want.devices[name] = DeviceUse()
+        use.add(header.rows, compute_ms, queue_ms, air_ms)
         self._on_part(want, pending.attempt, name, (pending.shipment.rows, rows))
 
     def _on_part(self, want: Want, attempt: Attempt, device: str, partial: Partial) -> None:
@@ -235,13 +240,14 @@ class Requests:
         self._settle(want)
 
     def _settle(self, want: Want) -> None:
+        if len(want.attempts) > 1:  # what is out of the others is wanted no more
+            self._pending = {number: p for number, p in self._pending.items() if p.want is not want}
         want.attempts.clear()
         if want.lost is not None:
             rows, weights = want.lost
             self.counts["skipped"] += 1
             want.record.skipped += len(np.unique(rows))
             want.record.gate_mass_dropped += float(weights.sum())
-        self._pending = {number: p for number, p in self._pending.items() if p.want is not want}
         want.on_done(want)
 
     # -- what does not come ----------------------------------------------------------------------------------------
@@ -287,7 +293,7 @@ class Requests:
         part = pending.shipment
         if (device := self._hub.devices.get(part.device)) is None:
             return  # it left a moment ago: the hub is about to say so
-        pending.predicted_ms = device.latency.model().request_ms(part.request.counts, part.request.rows)
+        pending.predicted_ms = device.latency.request_ms(part.request.counts, part.request.rows) + pending.longer_ms
         p95_s = (
             min(WORST_TAIL, device.latency.profile.tail_ratio)
             * sum(p.predicted_ms for p in self._of(part.device))
@@ -410,13 +416,17 @@ class Requests:
         return self._held is not None and self._held.covers(block, expert)
 
     def _send(self, want: Want, attempt: Attempt, part: Shipment) -> None:
-        number = self._new_id()
-        message = Message(msgspec.structs.replace(part.request, request_id=number), part.packed)
-        now_s = self._hub.clock.now_s()
-        self._pending[number] = Pending(want, attempt, part, message, now_s, now_s + LATE_AT_LEAST_S)
+        number, now_s = self._new_id(), self._hub.clock.now_s()
+        leaving = Sending(msgspec.structs.replace(part.request, request_id=number), now_s)
+        if (device := self._hub.devices.get(part.device)) is not None and device.latency.share != 1:
+            leaving = sending(leaving.request, part.packed.nbytes / len(part.packed), device, now_s)
+        message, sent_s = Message(leaving.request, part.packed), leaving.leaves_s
+        self._pending[number] = Pending(
+            want, attempt, part, message, sent_s, sent_s + LATE_AT_LEAST_S, leaving.longer_ms, leaving.reported_ms
+        )
         self._unassessed.append(self._pending[number])
         want.record.bytes_down += message_bytes(message)
-        self._hub.send(part.device, message)
+        self._hub.send(part.device, message, sent_s)
 
     def _of(self, device: str) -> list[Pending]:
         return [p for p in self._pending.values() if p.shipment.device == device]
@@ -433,13 +443,13 @@ def _part_of(shipment: Shipment, experts: list[int]) -> tuple[Ints, Floats]:
     return shipment.rows[index[chosen]], weight[chosen]
 
 
-def lost_share(n_rows: int, wants: list[Want], total_weight: Floats) -> Floats | None:
+def lost_share(n_rows: int, wants: list[Want], asked: Floats) -> Floats | None:
     """Return the share of each token's gate weight that was skipped, or None if nothing was.
 
     Args:
         n_rows: tokens of the microbatch.
         wants: all of one block.
-        total_weight: [n_rows], sum of the weights that were asked for.
+        asked: [n_rows, k], the weights that were asked for.
     """
     lost = [want.lost for want in wants if want.lost is not None]
     if not lost:
@@ -447,7 +457,8 @@ def lost_share(n_rows: int, wants: list[Want], total_weight: Floats) -> Floats |
     share = np.zeros(n_rows, np.float32)
     for rows, weights in lost:
         np.add.at(share, rows, weights)
-    return share / total_weight
+    total: Floats = asked.sum(axis=1)
+    return share / total
 
 
 def message_bytes(message: Message) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from wdmoe.bs.config import VirtualConfig
+from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.diagnosis import diagnose
 from wdmoe.bs.evaluation import Evaluation, LoadedTask, PairedDifference, paired_difference
 from wdmoe.bs.experiment import PolicyRun
@@ -62,7 +62,7 @@ def describe_station(station: Station, command: str) -> dict[str, Any]:
             "encrypted": config.encrypted,
             "emulated": sorted({device["emulated"]["link"] or "none" for device in devices if device["emulated"]}),
         },
-        "clock": describe_clock(station.virtual),
+        "clock": describe_clock(station.virtual, config),
         "in_flight": config.in_flight,
         "batch": config.batch,
         "threads": config.threads,
@@ -89,10 +89,11 @@ def describe_kept(station: Station) -> dict[str, Any] | None:
     }
 
 
-def describe_clock(virtual: VirtualConfig | None) -> dict[str, Any]:
-    """Say what time a run's latencies are in, as plain values."""
+def describe_clock(virtual: VirtualConfig | None, config: StationConfig) -> dict[str, Any]:
+    """Say what time a run's latencies are in, and over what; as plain values."""
     if virtual is None:
-        return {"kind": "real"}
+        told = {"channel": config.channel, "bandwidth": config.bandwidth, "links": list(config.links)}
+        return {"kind": "real", **{key: value for key, value in told.items() if value}}
     return {
         "kind": "virtual",
         "origin": "modelled: real answers, devices and links from profiles; nothing here was measured on a device",
@@ -127,7 +128,7 @@ def describe_quality(
 def describe_device(hub: Hub, name: str) -> dict[str, Any]:
     """Say what a device is and how fast, as plain values."""
     device = hub.devices[name]
-    profile, latency = device.latency.profile, device.latency.model()
+    profile, latency, air_ms = device.latency.profile, device.latency.model(), device.latency.row_air_ms
     return {
         "name": name,
         "experts": len(device.experts),
@@ -139,6 +140,7 @@ def describe_device(hub: Hub, name: str) -> dict[str, Any]:
         "emulated": None if profile.emulated is None else msgspec.to_builtins(profile.emulated),
         "round_trip_ms": latency.round_trip_ms,
         "correction": latency.correction,
+        "row_air_ms": {"down": air_ms[0], "up": air_ms[1], "from": device.latency.air_from},
         "call_ms": {str(tokens): ms for tokens, ms in latency.curve},
     }
 

@@ -45,6 +45,8 @@ def route(router_logits: Floats, top_k: int, normalise: bool) -> Routing:
         top_k: experts of one token.
         normalise: whether the chosen weights are scaled to sum to one.
     """
+    if len(router_logits) == 1:
+        return _route_row(router_logits[0], top_k, normalise)
     probabilities = softmax(router_logits)
     experts = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
     weights = probabilities[np.arange(len(experts))[:, None], experts]  # take_along_axis takes twice as long
@@ -58,6 +60,17 @@ def softmax(router_logits: Floats) -> Floats:
     shifted = np.exp(router_logits - router_logits.max(axis=1, keepdims=True))
     probabilities: Floats = shifted / shifted.sum(axis=1, keepdims=True)
     return probabilities
+
+
+def _route_row(router_logits: Floats, top_k: int, normalise: bool) -> Routing:
+    """Route one token, to the same bits: without a second dimension numpy takes half the time."""
+    shifted = np.exp(router_logits - np.maximum.reduce(router_logits))
+    probabilities = shifted / np.add.reduce(shifted)
+    experts = (-probabilities).argsort(kind="stable")[:top_k]
+    weights = probabilities[experts]
+    if normalise:
+        weights = weights / np.add.reduce(weights)
+    return Routing(experts[None], weights[None])
 
 
 def pair_weights(routing: Routing, owner: Ints, n_devices: int) -> Floats:

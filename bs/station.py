@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from wdmoe.bs.airtime import Medium
 from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.health import serve_health, snapshot
 from wdmoe.bs.held import HeldExperts
@@ -17,12 +18,15 @@ from wdmoe.bs.roster import BS_KEY_NAME, ROSTER_NAME, FileRoster
 from wdmoe.bs.sensitivity import read_sensitivity
 from wdmoe.bs.stages import open_stages
 from wdmoe.bs.tracing import STAGES, Trace
+from wdmoe.bs.transmitting import Division, LiveBand
+from wdmoe.profiles.link_profile import modelled_link
 from wdmoe.runtime.clock import RealClock
-from wdmoe.runtime.errors import BundleError
+from wdmoe.runtime.departures import SPIN_S
+from wdmoe.runtime.errors import BundleError, WdmoeError
 from wdmoe.runtime.keys import read_key
 from wdmoe.runtime.links import listen
 from wdmoe.runtime.manifest import MANIFEST_NAME, BsManifest, read_manifest, verify_files
-from wdmoe.runtime.messages import MAX_ROWS
+from wdmoe.runtime.messages import MAX_ROWS, row_bytes
 from wdmoe.runtime.worker import ThreadWorker, Worker
 
 Say = Callable[[str], None]
@@ -49,7 +53,7 @@ def open_hub(config: StationConfig, say: Say) -> Iterator[tuple[Path, BsManifest
     keys = read_key(config.keys / BS_KEY_NAME) if config.encrypted else None
     roster = FileRoster(config.keys / ROSTER_NAME) if config.encrypted else None
     link = listen(config.listen, MAX_ROWS * manifest.model.d_model * 4, keys)
-    hub = Hub(link, manifest, RealClock(), roster)
+    hub = Hub(link, manifest, RealClock(), roster, SPIN_S)
     say(f"{manifest.model.name}: listening on {link.address}, {'encrypted' if config.encrypted else 'not encrypted'}")
     try:
         yield folder, manifest, hub
@@ -76,6 +80,10 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
         say(f"waiting up to {config.wait_s:g} s for {waiting}")
         hub.wait_for_devices(config.wait_s)
         say(f"connected: {introduced(hub)}")
+        band = live_band(config, hub, manifest.model.d_model)
+        band.admit(hub.devices.values())
+        for name in band.rateless(hub.devices.values()):
+            say(f"{name}: what its link carries is not known; its share applies once requests tell it, or give --link")
 
         def make_worker(wake: Callable[[], None]) -> Worker[Outcome]:
             return ThreadWorker(STAGES, wake, config.stage_workers)
@@ -84,7 +92,17 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
         trace = Trace() if config.trace is not None else None
         held = held_experts(config, folder, manifest, kept)
         pipeline = Pipeline(
-            hub, stages, manifest, make_worker, config.wire, held, skip_lost, trace, stage_workers=config.stage_workers
+            hub,
+            stages,
+            manifest,
+            make_worker,
+            config.wire,
+            held,
+            skip_lost,
+            trace,
+            live_medium(config),
+            stage_workers=config.stage_workers,
+            band=band,
         )
         pipeline.sensitivity = read_sensitivity(folder, manifest)
         with ExitStack() as stack:
@@ -95,6 +113,52 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
                 url = stack.enter_context(serve_health(config.health, lambda: snapshot(hub, pipeline, manifest)))
                 say(f"health at {url}")
             yield Station(config, folder, manifest, hub, pipeline, kept=kept)
+            for name in band.rateless(hub.devices.values()):
+                say(
+                    f"{name}: its share of the band was never applied: no request told what its link carries; give --link"
+                )
+
+
+def live_medium(config: StationConfig) -> Medium | None:
+    """Say what the links of devices that dial in are; None: emulated devices know."""
+    if config.channel == "shared":
+        return "shared"
+    if config.bandwidth == "per-block":
+        return "pooled"
+    return "own" if config.channel or config.bandwidth else None
+
+
+def live_band(config: StationConfig, hub: Hub, d_model: int) -> LiveBand:
+    """Say what is known of the links of the devices that are connected, and how their band is divided.
+
+    Raises:
+        ValueError: links or shares are not as many as devices.
+        WdmoeError: an emulated device is on a channel that cannot be divided.
+    """
+    names = sorted(hub.devices, key=lambda name: (len(name), name))
+    profiles = [modelled_link(link) for link in config.links]
+    if len(profiles) not in (0, 1, len(names)):
+        raise ValueError(
+            f"{len(profiles)} links for {len(names)} devices ({', '.join(names)}); give one for all, or one each"
+        )
+    links = dict(zip(names, profiles * len(names) if len(profiles) == 1 else profiles, strict=False))
+    shares = config.fixed_shares
+    if shares is not None and len(shares) != len(names):
+        raise ValueError(f"--bandwidth has {len(shares)} shares for {len(names)} devices ({', '.join(names)})")
+    if config.bandwidth is not None:
+        for name in names:
+            emulated = hub.devices[name].latency.profile.emulated
+            if emulated is not None and emulated.shared:
+                raise WdmoeError(
+                    f"{name} is emulated on a channel that all share, which --bandwidth cannot divide; start each device "
+                    "by itself and without --channel, or leave --bandwidth out"
+                )
+    division: Division | None = None
+    if shares is not None:
+        division = dict(zip(names, shares, strict=True))
+    elif config.bandwidth is not None:
+        division = "uniform" if config.bandwidth == "uniform" else "per-block"
+    return LiveBand(division, links, row_bytes(d_model, config.wire))
 
 
 def introduced(hub: Hub) -> str:

@@ -14,6 +14,7 @@ from wdmoe.device.machine import Machine, MachineState, hardware_name, throttlin
 from wdmoe.profiles.device_profile import VERSION, Conditions, DeviceProfile, Point, StagingPoint
 from wdmoe.runtime.engines import ExpertEngine
 from wdmoe.runtime.manifest import DeviceManifest
+from wdmoe.runtime.memory import resident_bytes
 from wdmoe.runtime.messages import Rows, pack_rows, unpack_rows
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -45,7 +46,7 @@ def bench(
         say: told about each token count.
         tokens: counts to measure, ascending.
         seconds: for the warm calls of each count, and half as much for the cold ones; five calls are made anyway.
-        weights_bytes: by which the process grew when the engine was loaded.
+        weights_bytes: that loading the engine took, see `loaded_bytes`.
     """
     model, rng = manifest.model, np.random.default_rng(0)
     before, load = machine.state(), os.getloadavg()[0]
@@ -67,7 +68,7 @@ def bench(
         warm.append(_point(count, _times_ms(call, _WARM_CALLS, seconds, None)))
         at_work.append(machine.state())  # at once, before the clocks go down again
         cold.append(_point(count, _times_ms(call, _COLD_CALLS, seconds / 2, lambda: sweep.sum())))
-        staging.append(_staging(rows))
+        staging.append(staging_point(rows))
         say(f"{count} tokens: {warm[-1].p50_ms:.3f} ms warm, {cold[-1].p50_ms:.3f} ms cold")
     clocks = {name for state in at_work for name in state.clocks_mhz}
     noticed = {line: None for state in at_work for line in throttling(before, state)}
@@ -96,6 +97,23 @@ def bench(
         staging=tuple(staging),
         conditions=conditions,
     )
+
+
+def loaded_bytes(machine: Machine) -> Callable[[], int | None]:
+    """Look at the memory before an engine is loaded; what is returned tells by how much its loading took more.
+
+    That is what the process grew by. On a Tegra, whose GPU's allocations are in no process's resident memory, it is what
+    the memory that is available fell by, if that is more; there nothing else should run while something is measured.
+    """
+    resident, available = resident_bytes(), machine.available_bytes if machine.l4t is not None else None
+
+    def grown() -> int | None:
+        now, left = resident_bytes(), machine.available_bytes
+        grew = [now - resident] if now is not None and resident is not None else []
+        grew += [available - left] if left is not None and available is not None else []
+        return max(0, *grew) if grew else None
+
+    return grown
 
 
 def software_of(engine: ExpertEngine) -> str:
@@ -127,7 +145,7 @@ def _point(tokens: int, times_ms: Sequence[float]) -> Point:
     return Point(tokens, float(p50), float(p95))
 
 
-def _staging(rows: Rows) -> StagingPoint:
+def staging_point(rows: Rows) -> StagingPoint:
     """Time the steps of `weighted_sums` beside the engine, for rows that do not lie in one piece."""
     count = len(rows)
     sent = np.repeat(rows, 2, axis=0)  # a request of twice as many rows, of which an expert wants every other

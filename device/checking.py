@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from wdmoe.device.loading import self_check
 from wdmoe.device.verdicts import FOLDER, Verdicts
@@ -15,7 +15,7 @@ from wdmoe.runtime.errors import EngineError
 from wdmoe.runtime.manifest import DeviceManifest, read_manifest, verify_files
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +106,28 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
     return int(wrong or served != {outcome.device for outcome in outcomes})
 
 
-def check_table(outcomes: Sequence[Outcome]) -> Table:
-    """Lay outcomes out for a terminal."""
+def check_table(outcomes: Sequence[Outcome]) -> RenderableType:
+    """Lay outcomes out for a terminal of 80 columns; reasons stand below, in full."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table("slice", "engine", "experts", "max error", "allowed", "verdict")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
+    for heading in ("slice", "engine", "version", "experts", "max error", "allowed", "verdict"):
+        folds = heading in ("slice", "version")
+        justify: Literal["left", "right"] = "right" if heading in ("experts", "max error", "allowed") else "left"
+        table.add_column(heading, justify=justify, no_wrap=not folds, overflow="fold")
+    reasons: dict[str, list[str]] = {}  # -> slices
     for outcome in outcomes:
         error = "-" if outcome.max_error is None else f"{outcome.max_error:.1e}"
         allowed = "-" if outcome.allowed is None else f"{outcome.allowed:.0e}"
-        name = outcome.engine if outcome.version is None else f"{outcome.engine} {outcome.version}"
-        verdict = f"{outcome.verdict}: {outcome.reason}" if outcome.reason else outcome.verdict
-        table.add_row(outcome.device, name, str(outcome.experts), error, allowed, verdict)
-    return table
+        version = Text(outcome.version or "-")
+        table.add_row(
+            Text(outcome.device), outcome.engine, version, str(outcome.experts), error, allowed, outcome.verdict
+        )
+        if outcome.reason:
+            # Reasons of engines that could not be had begin with their name already.
+            about = "" if outcome.reason.startswith(f"engine {outcome.engine}:") else f"engine {outcome.engine}: "
+            reasons.setdefault(about + outcome.reason, []).append(outcome.device)
+    return Group(table, *(Text(f"{', '.join(slices)}: {reason}") for reason, slices in reasons.items()))

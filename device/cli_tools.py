@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +25,21 @@ _DEFAULTS = DeviceConfig()
 _files = click.argument(
     "files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path, exists=True, dir_okay=False)
 )
+
+
+def _writable(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file that could not be written, before anything is measured for it."""
+    if path is not None and str(path) != "-" and not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise click.BadParameter(f"{path.absolute().parent}: no folder that can be written to")
+    return path
+
+
 _json_option = click.option(
-    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Keep the profile; - prints it."
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    callback=_writable,
+    help="Keep the profile; - prints it.",
 )
 
 
@@ -56,17 +70,16 @@ def bench(bundle: Path, engine: str, threads: int, seconds: float, json_path: Pa
         from wdmoe.device.machine import Machine
         from wdmoe.device.main import device_folders
         from wdmoe.runtime.manifest import DeviceManifest, read_manifest, verify_files
-        from wdmoe.runtime.memory import resident_bytes
 
         folder = device_folders(bundle)[0]
         manifest = read_manifest(folder, DeviceManifest)
         say_to_stderr(f"{folder}: {len(manifest.experts)} experts of {manifest.model.name}")
         verify_files(folder, manifest)
-        before_bytes = resident_bytes()
+        machine = Machine()
+        grown = benching.loaded_bytes(machine)
         chosen = choose_engine(folder, manifest, engine_names(engine), threads, say_to_stderr)
-        after_bytes = resident_bytes()
-        grown = max(0, after_bytes - before_bytes) if after_bytes is not None and before_bytes is not None else None
-        profile = benching.bench(chosen, manifest, Machine(), say_to_stderr, seconds=seconds, weights_bytes=grown)
+        weights_bytes = grown()
+        profile = benching.bench(chosen, manifest, machine, say_to_stderr, seconds=seconds, weights_bytes=weights_bytes)
         _report(folder.name, profile, json_path)
 
 
@@ -154,6 +167,8 @@ def reported_errors() -> Iterator[None]:
         raise click.UsageError(str(error)) from error
     except WdmoeError as error:
         raise click.ClickException(str(error)) from error
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")) from error
 
 
 def _read(files: tuple[Path, ...]) -> list[Named]:

@@ -13,6 +13,8 @@ from wdmoe.runtime.keys import decode_token, default_keys_dir
 from wdmoe.runtime.links import is_loopback
 from wdmoe.runtime.messages import NAME_PATTERN
 
+_TCP, _LAST_PORT = re.compile(r"tcp://\S+:([0-9]{1,5})"), 65535
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceConfig:
@@ -36,8 +38,9 @@ class DeviceConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        if not self.bs.startswith(("tcp://", "ipc://")):
-            raise ValueError(f"--bs is {self.bs!r}, expected tcp://HOST:PORT")
+        tcp = _TCP.fullmatch(self.bs)
+        if not (self.bs.startswith("ipc://") or (tcp is not None and 1 <= int(tcp[1]) <= _LAST_PORT)):
+            raise ValueError(f"--bs is {self.bs!r}, expected tcp://HOST:PORT with a port from 1 to {_LAST_PORT}")
         if self.threads < 1:
             raise ValueError(f"--threads is {self.threads}, expected at least 1")
         if self.name is not None and not re.match(NAME_PATTERN, self.name):

@@ -6,12 +6,14 @@ import importlib
 import platform
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from wdmoe.device.machine import Machine, hardware_name
+from wdmoe.runtime.cuda_driver import CudaDevice, find_device
 from wdmoe.runtime.engines import ENGINES
+from wdmoe.runtime.errors import EngineError
 
 _JETPACK_6 = "JetPack 6 (Ubuntu 22.04, Python 3.10)"
 _JETPACK_7 = "JetPack 7 (Ubuntu 24.04, Python 3.12)"
@@ -50,7 +52,10 @@ class Library:
 
 
 def describe_machine(
-    machine: Machine, load: Callable[[str], Any] = importlib.import_module, prefix: Path = Path(sys.prefix)
+    machine: Machine,
+    load: Callable[[str], Any] = importlib.import_module,
+    prefix: Path = Path(sys.prefix),
+    find_gpu: Callable[[], CudaDevice] = find_device,
 ) -> tuple[dict[str, Any], list[Library]]:
     """Look at a machine.
 
@@ -58,6 +63,7 @@ def describe_machine(
         machine: which.
         load: imports a library by name.
         prefix: of the Python environment.
+        find_gpu: asks the CUDA driver.
 
     Returns:
         What was found, as plain JSON values; and the libraries that engines need.
@@ -68,6 +74,8 @@ def describe_machine(
         "board": machine.board,
         "processor": machine.processor,
         "cpus": machine.cpus,
+        "gpu": _gpu(find_gpu),
+        "onnxruntime_cuda": _has_cuda(load),
         "memory_bytes": machine.memory_bytes,
         "available_bytes": machine.available_bytes,
         "l4t": machine.l4t,
@@ -86,8 +94,12 @@ def describe_machine(
 
 
 def advice(found: dict[str, Any]) -> list[str]:
-    """Say what would make a Jetson work, go faster, or give steadier timings."""
+    """Say what would make a machine work, go faster, or give steadier timings."""
     if found["l4t"] is None:
+        if found["gpu"] is not None and not found["onnxruntime_cuda"]:
+            return [
+                "the GPU is not used: ONNX Runtime here has no CUDA provider; pip uninstall onnxruntime, then pip install 'wdmoe[cuda]'"
+            ]
         return []
     lines: list[str] = []
     if found["jetpack"] not in ("6", "7"):
@@ -100,12 +112,31 @@ def advice(found: dict[str, Any]) -> list[str]:
             "`python3 -m venv --system-site-packages`"
         )
     if found["power_mode"] is None:
-        lines.append("power mode unknown: `sudo nvpmodel -q` asks for it, `-m N` chooses one")
+        lines.append(
+            "power mode unknown: `sudo nvpmodel -q` asks for it, /etc/nvpmodel.conf lists all, `-m N` chooses one"
+        )
     elif not found["power_mode"].startswith("MAXN"):
-        lines.append(f"power mode {found['power_mode']}: `sudo nvpmodel -q` lists faster ones, `-m N` chooses")
+        lines.append(
+            f"power mode {found['power_mode']}: /etc/nvpmodel.conf lists the others, `sudo nvpmodel -m N` chooses"
+        )
     if found["jetson_clocks"] is False:
         lines.append("clocks follow the load: `sudo jetson_clocks` holds them at their top")
     return lines
+
+
+def _gpu(find_gpu: Callable[[], CudaDevice]) -> dict[str, Any] | None:
+    try:
+        return asdict(find_gpu())
+    except EngineError:  # no driver, or no GPU
+        return None
+
+
+def _has_cuda(load: Callable[[str], Any]) -> bool | None:
+    """Say whether ONNX Runtime has a CUDA provider; None: it cannot be imported."""
+    try:
+        return "CUDAExecutionProvider" in load("onnxruntime").get_available_providers()
+    except (ImportError, AttributeError, OSError):
+        return None
 
 
 def _sees_system_packages(config: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wdmoe.device.benching import software_of
+from wdmoe.device.benching import software_of, staging_point
 from wdmoe.device.machine import hardware_name
 from wdmoe.device.verdicts import Verdicts
 from wdmoe.profiles.device_profile import VERSION, DeviceProfile
@@ -18,6 +18,8 @@ from wdmoe.runtime.engines.timing import quick_points
 from wdmoe.runtime.errors import BundleError, EngineError
 from wdmoe.runtime.manifest import DeviceManifest
 from wdmoe.runtime.tensor_file import map_tensors
+
+_STAGED_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,7 @@ def quick_profile(engine: ExpertEngine, manifest: DeviceManifest) -> DeviceProfi
         d_model=model.d_model,
         d_ff=model.d_ff,
         points=quick_points(engine, experts, model.d_model),
+        staging=(staging_point(np.ones((_STAGED_ROWS, model.d_model), np.float32)),),
     )
 
 

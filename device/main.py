@@ -21,7 +21,7 @@ from wdmoe.device.serving import serve
 from wdmoe.profiles.device_profile import DeviceProfile
 from wdmoe.runtime.channels import SharedChannel
 from wdmoe.runtime.clock import RealClock
-from wdmoe.runtime.emulation import Air, emulated_profile, make_air, warn_if_slower
+from wdmoe.runtime.emulation import Air, check_memory, emulated_profile, make_air, warn_if_slower
 from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.keys import decode_token
 from wdmoe.runtime.links import dial, is_loopback
@@ -78,6 +78,14 @@ def serve_folder(config: DeviceConfig) -> int:
         f"{name}: {config.bundle}, {len(manifest.experts)} experts of {manifest.model.name} "
         f"({manifest.precision}), base station {config.bs}"
     )
+    # What the user can mend at once is refused before minutes go into reading files and building engines.
+    if config.emulation is not None:
+        check_memory(config.emulation, manifest)
+    token = decode_token(config.enrol) if config.enrol is not None else None
+    own = bs_public = None
+    if config.encrypted:
+        known = keys_to_enrol(config.keys, name, token) if token else enrolled_keys(config.keys, name)
+        own, bs_public = known.own, known.bs_public
     verify_files(config.bundle, manifest)
     engine = choose_engine(
         config.bundle, manifest, engine_names(config.engine), config.threads, lambda t: say_to_stderr(f"{name}: {t}")
@@ -94,11 +102,6 @@ def serve_folder(config: DeviceConfig) -> int:
         warn_if_slower(measured, profile, lambda t: say_to_stderr(f"{name}: {t}"))
         air, meter = _start_emulation(config, profile, name)
     clock = RealClock()
-    token = decode_token(config.enrol) if config.enrol is not None else None
-    own = bs_public = None
-    if config.encrypted:
-        known = keys_to_enrol(config.keys, name, token) if token else enrolled_keys(config.keys, name)
-        own, bs_public = known.own, known.bs_public
     link = dial(config.bs, MAX_ROWS * manifest.model.d_model * 4, own, bs_public)
     worker: ThreadWorker[Message] = ThreadWorker("engine", link.wake)
     service = DeviceService(name, secrets.token_hex(8), manifest, engine, profile, clock)

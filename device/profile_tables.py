@@ -65,6 +65,7 @@ def machine_table(found: dict[str, Any], libraries: Sequence[Library]) -> Group:
     shown = {
         "hardware": found["hardware"],
         "processor": f"{found['processor'] or 'not named'}, {found['cpus'] or '?'} CPUs",
+        "gpu": _gpu(found["gpu"], found["onnxruntime_cuda"]),
         "memory": f"{memory / 1e9:.1f} GB, {(found['available_bytes'] or 0) / 1e9:.1f} free" if memory else "not said",
         "system": f"L4T {found['l4t']}, JetPack {found['jetpack'] or 'unknown'}" if found["l4t"] else "not a Jetson",
         "python": found["python"],
@@ -81,6 +82,16 @@ def machine_table(found: dict[str, Any], libraries: Sequence[Library]) -> Group:
         lines.append(f"{library.name} {state}: {library.purpose}")
         lines += [f"    {line}" for line in library.install]
     return Group(table, Text(), Text("\n".join([*lines, *advice(found)])))
+
+
+def _gpu(gpu: dict[str, Any] | None, has_cuda: bool | None) -> str:
+    if gpu is None:
+        return "none that a CUDA driver knows"
+    provider = {True: "has a CUDA provider", False: "has no CUDA provider", None: "is missing"}[has_cuda]
+    return (
+        f"{gpu['name']}, compute capability {gpu['sm']}, {gpu['memory_bytes'] / 1e9:.1f} GB, driver for CUDA "
+        f"{gpu['driver']}; ONNX Runtime {provider}"
+    )
 
 
 def plot_profiles(profiles: Sequence[Named], out: Path) -> None:

@@ -88,6 +88,7 @@ class DeviceService:
     _last_hello_s: float = field(default=float("-inf"))
     _held: frozenset[tuple[int, int]] = frozenset()
     _curve: tuple[tuple[int, float], ...] = ()  # of the profile
+    _call_ms: dict[int, float] = field(default_factory=dict)  # of the profile, by rows: each is worked out once
 
     def __post_init__(self) -> None:
         """Index what is held, and work out the profile's curve once."""
@@ -121,8 +122,7 @@ class DeviceService:
                 if (text := self._refusal(request)) is not None:
                     return [Message(ErrorReport(text, request.request_id))], None
                 self.requests += 1
-                expected_ms = sum(interpolate(self._curve, count) for count in request.counts)
-                return [], Job(lambda: self._compute(message, now_s), expected_ms)
+                return [], Job(lambda: self._compute(message, now_s), self._expected_ms(request))
             case ErrorReport(text=text, final=final):
                 self.welcomed = False
                 self.notice, self.refused = text, text if final else None
@@ -145,6 +145,13 @@ class DeviceService:
         except Exception as error:  # noqa: BLE001 - whatever an engine throws, the base station must hear of it
             text = f"{type(error).__name__}: {error}"[:_TEXT_LIMIT]
             return Message(ErrorReport(text, message.header.request_id))
+
+    def _expected_ms(self, request: ExpertRequest) -> float:
+        known = self._call_ms
+        for count in request.counts:
+            if count not in known:
+                known[count] = interpolate(self._curve, count)
+        return sum([known[count] for count in request.counts])
 
     def _refusal(self, request: ExpertRequest) -> str | None:
         for expert in request.experts:

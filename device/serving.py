@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from wdmoe.device.outlet import Outlet
 from wdmoe.device.service import HELLO_EVERY_S, DeviceService
 from wdmoe.runtime.emulation import Air
 from wdmoe.runtime.errors import ProtocolError, WdmoeError
@@ -42,6 +43,7 @@ def serve(
     """
     outgoing: list[Message] = []
     inbox: deque[Parcel] = deque()
+    outlet = Outlet()
     with_worker = 0  # jobs
     was_welcome = False
     hint_s = service.clock.now_s() + _HINT_AFTER_S
@@ -60,11 +62,13 @@ def serve(
             redial_s = service.clock.now_s() + _REDIAL_AFTER_S
             link.redial()
         outgoing += service.on_tick()
+        now_s = service.clock.now_s()
         wait_s = 0.0 if inbox else HELLO_EVERY_S
         if air is not None:
-            now_s = service.clock.now_s()
-            outgoing += air.due(now_s)
+            outgoing += (message for answer in air.due(now_s) for message in outlet.release(answer, now_s))
             wait_s = air.wait_s(now_s, wait_s)
+        outgoing += outlet.due(now_s)
+        wait_s = outlet.wait_s(now_s, wait_s)
         inbox += link.exchange([Parcel(BS, encode(message)) for message in outgoing], wait_s)
         arrived_s = service.clock.now_s()
         outgoing = []
@@ -77,21 +81,25 @@ def serve(
                 continue
             answers, job = service.on_message(message)
             outgoing += answers if air is None else air.hold(answers, arrived_s)
+            if job is not None:
+                assert isinstance(message.header, ExpertRequest)
+                outlet.note(message.header)
             # While this thread computes, nothing that is held can leave in time.
-            if job is not None and (with_worker or job.expected_ms > _SHORT_MS or air is not None):
+            holds = air is not None or outlet.holding
+            if job is not None and (with_worker or job.expected_ms > _SHORT_MS or holds):
                 if air is not None:
                     assert isinstance(message.header, ExpertRequest)
                     air.start(message.header, frames, arrived_s)
                 worker.submit(job.run)
                 with_worker += 1
             elif job is not None:
-                outgoing.append(job.run())
+                outgoing += outlet.release(job.run(), service.clock.now_s())
                 break  # this answer does not wait for the next to be computed
         for done in worker.finished():
             assert done.result is not None, done.error
             with_worker -= 1
             if air is None:
-                outgoing.append(done.result)
+                outgoing += outlet.release(done.result, service.clock.now_s())
             else:
                 air.finish(done.result, service.clock.now_s())
         if service.notice != notice:
@@ -103,6 +111,8 @@ def serve(
         if service.welcomed != was_welcome:
             was_welcome = service.welcomed
             hint_s = float("inf")
+            if not was_welcome:
+                outlet = Outlet()  # what is held is for a base station that is gone
             say(f"{service.name}: " + ("serving" if was_welcome else "base station gone, waiting for it"))
     _say_goodbye(service, link)
 

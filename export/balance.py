@@ -7,8 +7,11 @@ the device that would then be done first, and afterwards moves and swaps as long
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from wdmoe.runtime.errors import BundleError
 
@@ -17,18 +20,20 @@ Placement = tuple[tuple[tuple[int, ...], ...], ...]  # [block][expert] -> device
 
 
 def read_counts(path: Path | None, n_blocks: int, n_experts: int) -> Counts:
-    """Read how often each expert was chosen: a JSON list [block][expert], or an object with it as `counts`.
+    """Read how often each expert was chosen.
+
+    Args:
+        path: a JSON list [block][expert] or an object with it as `counts`, or a trace of `wdmoe-bs trace` (.npz); None:
+            all equally often.
+        n_blocks: of the model.
+        n_experts: of each block.
 
     Raises:
         BundleError: it is damaged or does not fit the model.
     """
     if path is None:
         return ((1.0,) * n_experts,) * n_blocks
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BundleError(f"{path}: not JSON ({error})") from error
-    table = content.get("counts") if isinstance(content, dict) else content
+    table = _counts_of_trace(path) if path.suffix == ".npz" else _counts_of_json(path)
     if not isinstance(table, list) or len(table) != n_blocks:
         raise BundleError(f"{path}: expected {n_blocks} blocks of {n_experts} counts")
     for block, row in enumerate(table):
@@ -38,6 +43,23 @@ def read_counts(path: Path | None, n_blocks: int, n_experts: int) -> Counts:
         if not sum(row) > 0:
             raise BundleError(f"{path}: block {block} has no choice at all; count over more text")
     return tuple(tuple(map(float, row)) for row in table)
+
+
+def _counts_of_json(path: Path) -> object:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{path}: not JSON ({error})") from error
+    return content.get("counts") if isinstance(content, dict) else content
+
+
+def _counts_of_trace(path: Path) -> object:
+    """Read the counts of a recorded trace and nothing else of it: the probabilities may be large."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return np.asarray(file["counts"]).tolist()
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise BundleError(f"{path}: not a trace of wdmoe-bs trace ({error})") from error
 
 
 def balanced(counts: Counts, speeds: Sequence[float], most_held: int | Sequence[int] | None) -> Placement:
@@ -77,37 +99,68 @@ def balanced(counts: Counts, speeds: Sequence[float], most_held: int | Sequence[
 
 
 def add_replicas(
-    placement: Placement, counts: Counts, speeds: Sequence[float], n_most_used: int, most_held: int | None
+    placement: Placement,
+    counts: Counts,
+    speeds: Sequence[float],
+    n_most_used: int,
+    most_held: int | Sequence[int] | None,
+    keep_level: bool = False,
 ) -> Placement:
     """Give the most used experts of each block a second device, where memory allows.
 
-    The base station asks the first by name of the healthy devices that hold an expert, so a replica carries no load
-    until the other fails. It goes to a device after the first, if there is one with room, so that the load stays where
-    it was placed; among those, to the one with the fewest experts, then the fastest.
+    The base station asks the first by name of the healthy devices that hold an expert. A replica on a device after the
+    first carries no load until the other fails: among those with room it goes to the one with the fewest experts, then
+    the fastest. Where there is none, it takes the expert's load over, and goes where the slowest device of the block is
+    fastest afterwards; with `keep_level` nowhere, if that is slower than before.
     """
     held = [0] * len(speeds)
     for row in placement:
         for devices in row:
             for device in devices:
                 held[device] += 1
+    limits = most_held if isinstance(most_held, Sequence) else [most_held] * len(speeds)
     rows = [list(row) for row in placement]
     for places, used in zip(rows, counts, strict=True):
+        loads = [0.0] * len(speeds)
+        for devices, count in zip(places, used, strict=True):
+            loads[first_asked(devices)] += count
+
         for expert in sorted(range(len(places)), key=lambda e: (-used[e], e))[:n_most_used]:
+            asked, count = first_asked(places[expert]), used[expert]
             room = [
-                d for d in range(len(speeds)) if d not in places[expert] and (most_held is None or held[d] < most_held)
+                device
+                for device, limit in enumerate(limits)
+                if device not in places[expert] and (limit is None or held[device] < limit)
             ]
-            behind = [device for device in room if name_order(device) > min(map(name_order, places[expert]))]
-            if not room:
+            behind = [device for device in room if name_order(device) > name_order(asked)]
+            if behind:
+                chosen = min(behind, key=lambda device: (held[device], -speeds[device], device))
+            elif room:
+                slowest = {device: _slowest(_moved(loads, count, asked, device), speeds) for device in room}
+                chosen = min(room, key=lambda device: (slowest[device], held[device], device))
+                if keep_level and slowest[chosen] > _slowest(loads, speeds) * (1 + 1e-9):
+                    continue
+                loads = _moved(loads, count, asked, chosen)
+            else:
                 continue
-            chosen = min(behind or room, key=lambda device: (held[device], -speeds[device], device))
             held[chosen] += 1
             places[expert] = tuple(sorted((*places[expert], chosen)))
     return tuple(map(tuple, rows))
 
 
+def replicas_left_out(placement: Placement, n_most_used: int) -> int:
+    """Return how many of the experts that were to have a second device have none: it has no room, or would be slower."""
+    return sum(max(0, min(n_most_used, len(row)) - sum(len(devices) > 1 for devices in row)) for row in placement)
+
+
 def name_order(device: int) -> str:
     """Return the name that a device takes from its folder, by which the base station orders them."""
     return f"device-{device}"
+
+
+def first_asked(devices: Sequence[int]) -> int:
+    """Return the one of an expert's devices that the base station asks while all are healthy."""
+    return min(devices, key=name_order)
 
 
 def expected_times(placement: Placement, counts: Counts, speeds: Sequence[float]) -> list[list[float]]:
@@ -117,9 +170,20 @@ def expected_times(placement: Placement, counts: Counts, speeds: Sequence[float]
     for row, used in zip(placement, counts, strict=True):
         loads = [0.0] * len(speeds)
         for devices, count in zip(row, used, strict=True):
-            loads[min(devices, key=name_order)] += count / sum(used)
+            loads[first_asked(devices)] += count / sum(used)
         times.append([load * total_speed / speed for load, speed in zip(loads, speeds, strict=True)])
     return times
+
+
+def _slowest(loads: Sequence[float], speeds: Sequence[float]) -> float:
+    return max(load / speed for load, speed in zip(loads, speeds, strict=True))
+
+
+def _moved(loads: Sequence[float], count: float, source: int, target: int) -> list[float]:
+    after = list(loads)
+    after[source] -= count
+    after[target] += count
+    return after
 
 
 def _place_block(counts: Sequence[float], speeds: Sequence[float], room: list[int], left: list[int]) -> list[int]:

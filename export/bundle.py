@@ -18,7 +18,7 @@ from wdmoe.export.families import FAMILIES, Config, ModelLayout, check_family
 from wdmoe.export.journal import JOURNAL_NAME, Journal
 from wdmoe.export.parallel import OnBytes, default_workers, run_all
 from wdmoe.export.placement import Placement, PlacementOptions, device_count, held_by
-from wdmoe.export.sizing import expert_file_bytes, most_held, sizes_of
+from wdmoe.export.sizing import expert_file_bytes, limit_of, sizes_of
 from wdmoe.export.slicing import ExpertFile, ExpertStore, golden_rows
 from wdmoe.export.station import StationWeights, put_weights, weight_files, write_station
 from wdmoe.export.weights import Part, all_expert_parts, check_tensors, station_parts
@@ -55,7 +55,7 @@ class ExportConfig:
     clamp: bool = False  # turn values that float16 cannot hold into its largest instead of stopping
     workers: int = field(default_factory=default_workers)  # threads
     placement: PlacementOptions | None = None  # in place of the two numbers above
-    device_memory_bytes: int | None = None  # heeded by a balanced placement and by replicas
+    device_memory_bytes: tuple[int, ...] = ()  # of all devices or of each; heeded by a balanced placement and replicas
 
     def __post_init__(self) -> None:
         self.placing()  # raises ValueError
@@ -66,8 +66,7 @@ class ExportConfig:
 
     def place(self, spec: ModelSpec, precision: Precision) -> Placement:
         """Place the experts of a model; see `PlacementOptions.place`."""
-        memory = self.device_memory_bytes
-        limit = None if memory is None else most_held(spec, precision, memory)
+        limit = limit_of(spec, precision, self.device_memory_bytes)
         return self.placing().place(spec.n_blocks, spec.n_experts, limit)
 
 
@@ -152,7 +151,7 @@ def export_bundle(plan: ExportPlan, config: ExportConfig, on_bytes: OnBytes = la
     out = config.out
     if _is_taken(out) and not config.force:
         present = read_manifest(out / "bs", BsManifest)
-        if (difference := _difference(out, present, plan)) is None:
+        if (difference := _difference(out, present, plan, config.clamp)) is None:
             (out / JOURNAL_NAME).unlink(missing_ok=True)  # of an export killed at its very end
             return ExportResult(out, present.bundle_id, already_there=True)
         raise BundleError(
@@ -227,6 +226,7 @@ def _write(partial: Path, journal: Journal, plan: ExportPlan, config: ExportConf
         experts=hashes, placement=plan.placement, stages=tuple(station.stages), head=station.head,
         calibration=golden_calibration(experts), tokenizer=station.tokenizer, chat_template=station.chat_template, files=station.files,
         shared=tuple(station.shared), quantisation_error=error, stage_precision=plan.stages,
+        balance=config.placing().balance_of(plan.placement),
         expert_losses=_half_losses(losses) if plan.precision == "fp16" else None,
         stage_losses=_half_losses(stage_losses) if plan.stages == "fp16" else None,
     ))  # fmt: skip
@@ -257,7 +257,7 @@ def _is_taken(out: Path) -> bool:
     return True
 
 
-def _difference(out: Path, present: BsManifest, plan: ExportPlan) -> str | None:
+def _difference(out: Path, present: BsManifest, plan: ExportPlan, clamp: bool) -> str | None:
     """Say in what a bundle differs from the one planned; None if it is the same and complete."""
     planned = {
         "model": plan.layout.spec,
@@ -269,6 +269,9 @@ def _difference(out: Path, present: BsManifest, plan: ExportPlan) -> str | None:
     for name, value in planned.items():
         if getattr(present, name) != value:
             return f"another {name}"
+    clamped = sum(losses.clamped for losses in (present.expert_losses, present.stage_losses) if losses is not None)
+    if clamped and not clamp:
+        return f"{clamped:,} clamped weights, and --clamp is not given"
     for device in range(device_count(plan.placement)):
         folder = out / f"device-{device}"
         manifest = read_manifest(folder, DeviceManifest)

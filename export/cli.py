@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from wdmoe.export.cli_carve import carve
-from wdmoe.export.cli_common import plain_errors, usage_errors
+from wdmoe.export.cli_common import plain_errors, progress_lines, refuse_options_before, usage_errors
 
 if TYPE_CHECKING:
     from wdmoe.export.bundle import ExportConfig, ExportPlan
-    from wdmoe.export.placement import PlacementOptions
+    from wdmoe.export.placement import Placement, PlacementOptions
     from wdmoe.export.planning import DryRun
     from wdmoe.runtime.manifest import Precision, StagePrecision
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SPEED_TOKENS = 16
 _EPILOG = """\b
 Examples:
   wdmoe-export --model smollm2-moe
@@ -52,19 +53,33 @@ def read_memory(text: str) -> int:
         raise click.BadParameter(f"{error.message}, or a device: {', '.join(hardware_names())}") from None
 
 
-def read_numbers(text: str) -> tuple[float, ...]:
-    """Read numbers that are separated by commas."""
+def read_memories(text: str) -> tuple[int, ...]:
+    """Read what `read_memory` reads, for all devices or separated by commas for each."""
+    return tuple(read_memory(part.strip()) for part in text.split(","))
+
+
+def read_speeds(text: str) -> tuple[float, ...]:
+    """Read the speeds of devices: numbers, or names of modelled ones, which are as many calls a second as they make."""
+    from wdmoe.profiles.modelled import ExpertShape, hardware_names, modelled_profile
+
+    parts = [part.strip() for part in text.split(",")]
+    if set(parts) <= set(hardware_names()):
+        # In fp16, a few tokens a call: bound by the weights, so that ratios hardly depend on shape and precision.
+        shape = ExpertShape(4096, 14336)
+        return tuple(1e3 / modelled_profile(name, "fp16", shape).call_ms(_SPEED_TOKENS) for name in parts)
     try:
-        return tuple(float(part) for part in text.split(","))
+        return tuple(map(float, parts))
     except ValueError:
-        raise click.BadParameter(f"{text!r} is not a list of numbers like 1,1,0.5") from None
+        raise click.BadParameter(
+            f"{text!r} is neither a list of numbers like 1,1,0.5 nor one of devices: {', '.join(hardware_names())}"
+        ) from None
 
 
-def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that say which device holds what."""
+def placement_options(otherwise: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options that say which device holds what; `otherwise` is how many experts if nothing is said."""
     options = [
         click.option(
-            "--experts-per-device", type=click.IntRange(min=1), metavar="N", show_default="2",
+            "--experts-per-device", type=click.IntRange(min=1), metavar="N", show_default=otherwise,
             help="Experts of each block on one device; the last device takes the remainder.",
         ),
         click.option(
@@ -78,21 +93,28 @@ def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--counts", type=click.Path(path_type=Path, exists=True, dir_okay=False), metavar="FILE",
             help="How often each expert is chosen, for balanced and for --replicas: what calibrate --counts wrote, "
-            "or JSON [block][expert].",
+            "a trace of wdmoe-bs trace (.npz), or JSON [block][expert].",
         ),
-        click.option("--speeds", type=read_numbers, metavar="A,B,...", help="Speed of each device, in any unit."),
+        click.option(
+            "--speeds", type=read_speeds, metavar="A,B,...",
+            help="Speed of each device, in any unit; or names of modelled devices, such as orin-nx-16gb.",
+        ),
         click.option(
             "--replicas", type=click.IntRange(min=0), default=0, metavar="N", show_default=True,
             help="Give the N most used experts of each block a second device, where --device-memory allows.",
         ),
         click.option(
-            "--device-memory", type=read_memory, metavar="SIZE|DEVICE",
-            help="Memory of a device, such as 16GB or orin-nx-16gb.",
+            "--device-memory", type=read_memories, metavar="SIZE|DEVICE[,...]",
+            help="Memory of a device, such as 16GB or orin-nx-16gb; one for all, or one each.",
         ),
     ]  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 @click.group(invoke_without_command=True, epilog=_EPILOG)
@@ -100,7 +122,7 @@ def placement_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--model", metavar="MODEL",
     help="Checkpoint folder (Hugging Face, safetensors), alias (smollm2-moe, mixtral, qwen2-moe, ...) or hub id.",
 )  # fmt: skip
-@placement_options
+@placement_options(otherwise="2")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("bundle"), show_default=True,
     help="Folder of the bundle.",
@@ -134,7 +156,7 @@ def main(
     dry_run: bool,
     force: bool,
     as_json: bool,
-    device_memory: int | None,
+    device_memory: tuple[int, ...] | None,
     **placing: Any,
 ) -> None:
     """Cut a Mixture-of-Experts checkpoint into a folder for the base station and one for each device.
@@ -143,8 +165,7 @@ def main(
     command is given again.
     """
     if context.invoked_subcommand is not None:
-        if model is not None:
-            raise click.UsageError(f"--model does not go with the command {context.invoked_subcommand}")
+        refuse_options_before(context)
         return
     if model is None:
         raise click.UsageError("Missing option '--model'.")
@@ -153,7 +174,7 @@ def main(
 
     config = ExportConfig(
         out, precision=precision, stages=stages, force=force, clamp=clamp, placement=options,
-        device_memory_bytes=device_memory,
+        device_memory_bytes=device_memory or (),
     )  # fmt: skip
     with plain_errors(f"interrupted; the same command goes on from {out}.partial"):
         if dry_run:
@@ -183,6 +204,16 @@ def _placement_options(
         raise click.UsageError(str(error)) from error
 
 
+def _tell_replicas_left_out(placement: Placement, options: PlacementOptions) -> None:
+    from wdmoe.export.balance import replicas_left_out
+
+    if missing := replicas_left_out(placement, options.replicas):
+        click.echo(
+            f"{missing} of the replicas are left out: no device has room, or the block would be slower with them",
+            err=True,
+        )
+
+
 def _dry_run(model: str, config: ExportConfig, options: PlacementOptions) -> DryRun:
     from wdmoe.export.balance import read_counts
     from wdmoe.export.planning import dry_run
@@ -193,10 +224,11 @@ def _dry_run(model: str, config: ExportConfig, options: PlacementOptions) -> Dry
     spec = layout.spec
     with usage_errors():
         placement = config.place(spec, precision)
+    _tell_replicas_left_out(placement, options)
     counts = read_counts(options.counts, spec.n_blocks, spec.n_experts)
-    return dry_run(
-        layout, origin, precision, placement, counts, options.speeds, config.device_memory_bytes, config.stages
-    )
+    memory = config.device_memory_bytes
+    with usage_errors():
+        return dry_run(layout, origin, precision, placement, counts, options.speeds, memory, config.stages)
 
 
 def _show_plan_of_export(plan: ExportPlan, config: ExportConfig, options: PlacementOptions) -> None:
@@ -211,9 +243,10 @@ def _show_plan_of_export(plan: ExportPlan, config: ExportConfig, options: Placem
         spec = plan.layout.spec
         counts = read_counts(options.counts, spec.n_blocks, spec.n_experts)
         origin, memory = str(plan.checkpoint.folder), config.device_memory_bytes
-        shown = dry_run(
-            plan.layout, origin, plan.precision, plan.placement, counts, options.speeds, memory, plan.stages
-        )
+        with usage_errors():
+            shown = dry_run(
+                plan.layout, origin, plan.precision, plan.placement, counts, options.speeds, memory, plan.stages
+            )
         Console(stderr=True).print(plan_table(shown))
 
 
@@ -238,6 +271,7 @@ def _export(model: str, config: ExportConfig, options: PlacementOptions, as_json
     folder, name = find_checkpoint(model, report=lambda text: click.echo(text, err=True))
     with usage_errors():
         plan = plan_export(folder, name, config)
+    _tell_replicas_left_out(plan.placement, options)
     _show_plan_of_export(plan, config, options)
     with _progress("exporting", plan.total_bytes) as on_bytes:
         result = export_bundle(plan, config, on_bytes)
@@ -252,12 +286,12 @@ def _export(model: str, config: ExportConfig, options: PlacementOptions, as_json
 
 @main.command(epilog="\b\nExample:\n  wdmoe-export place bundle --devices 2 --out bundle-of-two")
 @click.argument("bundle", metavar="BUNDLE", type=click.Path(path_type=Path, exists=True, file_okay=False))
-@placement_options
+@placement_options(otherwise="as BUNDLE has them")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the new bundle."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def place(bundle: Path, out: Path, as_json: bool, device_memory: int | None, **placing: Any) -> None:
+def place(bundle: Path, out: Path, as_json: bool, device_memory: tuple[int, ...] | None, **placing: Any) -> None:
     """Make a bundle with another placement out of one that is there, by hard links: no second export.
 
     The new bundle has the same id: its devices and base station work with those of the old one. Without a placement,
@@ -269,16 +303,17 @@ def place(bundle: Path, out: Path, as_json: bool, device_memory: int | None, **p
     with plain_errors("interrupted"):
         from wdmoe.export.inspection import summary
         from wdmoe.export.replacing import place_again
-        from wdmoe.export.sizing import most_held
+        from wdmoe.export.sizing import limit_of
         from wdmoe.runtime.manifest import BsManifest, read_manifest
 
         manifest = read_manifest(bundle / "bs", BsManifest)
         spec = manifest.model
-        limit = None if device_memory is None else most_held(spec, manifest.precision, device_memory)
+        limit = limit_of(spec, manifest.precision, device_memory or ())
         measured = manifest.calibration.counts
         with usage_errors():
             placement = options.place(spec.n_blocks, spec.n_experts, limit, manifest.placement, measured)
-        made = place_again(bundle, out, placement)
+        _tell_replicas_left_out(placement, options)
+        made = place_again(bundle, out, placement, options.balance_of(placement, measured, manifest.balance))
     if as_json:
         click.echo(json.dumps({"out": str(out), **made.as_json()}))
         return
@@ -363,7 +398,9 @@ def verify(
 ) -> None:
     """Compare a bundle with its checkpoint: weights of the base station, some experts, a text through the whole model.
 
-    Runs in this process, with ONNX Runtime and numpy. Exit code 1 if an error is beyond its bound.
+    The text goes twice through the bundle's own stages, with its experts and with the checkpoint's: what it shows is
+    the experts. Of the stages the weights are compared here; their graphs are held against transformers by
+    scripts/bench/parity.py. Runs in this process, with ONNX Runtime and numpy. Exit code 1 if an error is beyond its bound.
     """
     from rich.console import Console
 
@@ -389,15 +426,18 @@ def verify(
 
 @contextmanager
 def _progress(task: str, total: int, unit: Literal["bytes", "blocks"] = "bytes") -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr, if that is a terminal."""
+    """Show a bar on stderr, if that is a terminal; else a line now and then."""
     from rich import progress as bars
     from rich.console import Console
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield progress_lines(task, total, unit, lambda text: click.echo(text, err=True))
+        return
     of_bytes = [bars.DownloadColumn(), bars.TransferSpeedColumn()]
     shown: list[Any] = of_bytes if unit == "bytes" else [bars.MofNCompleteColumn()]
     columns = [bars.TextColumn("{task.description}"), bars.BarColumn(), *shown, bars.TimeRemainingColumn()]
-    console = Console(stderr=True)
-    with bars.Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with bars.Progress(*columns, console=console, transient=True) as bar:
         number = bar.add_task(task, total=total)
         yield lambda done: bar.advance(number, done)
 

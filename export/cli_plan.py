@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from wdmoe.profiles.base_station import station_names
+from wdmoe.profiles.link_profile import RADIO_EXAMPLE, link_names
+from wdmoe.profiles.modelled import hardware_names
 from wdmoe.runtime.errors import WdmoeError
 
 if TYPE_CHECKING:
@@ -22,12 +25,21 @@ Example:
 
 @click.command(epilog=_EPILOG)
 @click.option("--model", required=True, help="As wdmoe-export takes it; its config is enough.")
-@click.option("--devices", required=True, metavar="NAME,...", help="Modelled devices, such as 2xorin-nano-8gb.")
 @click.option(
-    "--link", "links", default="wifi-5ghz-mid", metavar="NAME[,...]", help="One for all devices, or one each."
+    "--devices",
+    required=True,
+    metavar="NAME,...",
+    help=f"Modelled devices, such as 2xorin-nano-8gb: {', '.join(hardware_names())}.",
+)
+@click.option(
+    "--link",
+    "links",
+    default="wifi-5ghz-mid",
+    metavar="NAME[,...]",
+    help=f"One for all devices, or one each: {', '.join(link_names())}, or as {RADIO_EXAMPLE}.",
 )
 @click.option("--precision", type=click.Choice(["fp16", "int8", "int4"]), default="fp16", help="Of the experts.")
-@click.option("--bs", default="laptop-8-core", help="Modelled base station.")
+@click.option("--bs", default="laptop-8-core", help=f"Modelled base station: {', '.join(station_names())}.")
 @click.option(
     "--experts-per-device",
     type=click.IntRange(min=1),

@@ -37,9 +37,11 @@ _README = """# Device {device} of {model}
 This folder is one device's share of a Mixture-of-Experts model, made by `wdmoe-export`. Copy it to the device
 (`rsync -a`, or any other way), install wdmoe there, and start it from inside this folder:
 
-    wdmoe-device --bundle . --bs tcp://BS_HOST:5555
+    wdmoe-device --bundle . --bs tcp://BS_HOST:5555 --enrol TOKEN
 
-BS_HOST is the base station, which runs `wdmoe-bs` with the folder `bs` of the same bundle.
+BS_HOST is the base station, which runs `wdmoe-bs` with the folder `bs` of the same bundle. TOKEN is what
+`wdmoe-bs enrol device-{device}` prints there; it is for the first start, later ones go without `--enrol TOKEN`. On the base
+station's own machine (`--bs tcp://127.0.0.1:5555`) none is needed.
 
 | what | value |
 | --- | --- |
@@ -49,8 +51,12 @@ BS_HOST is the base station, which runs `wdmoe-bs` with the folder `bs` of the s
 | weights | {size_mb:.1f} MB |
 | bundle | {bundle_id} |
 
-A device and a base station work together only if their bundle is the same. What the device makes here, `engines/` for
-one, fits its own hardware alone and is made anew elsewhere.
+A device and a base station work together only if their bundle is the same.
+
+The first start builds what an engine needs into `engines/`, and so does `wdmoe-device build --bundle .`. Engines are not
+built at export: a plan of TensorRT holds for one kind of GPU and one version of the software, and building it measures that
+GPU. `engines/` may be copied to a module of exactly the same kind and software; anywhere else it is refused by name, and
+built anew.
 """
 
 FloatArray = npt.NDArray[np.float32]

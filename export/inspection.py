@@ -13,6 +13,7 @@ from msgspec import to_builtins
 from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.manifest import (
     MANIFEST_NAME,
+    Balance,
     BsManifest,
     DeviceManifest,
     FileEntry,
@@ -55,6 +56,9 @@ class Inspection:
             "calibration": None if self.bs is None else self.bs.calibration.source,
             "calibration_tokens": None if self.bs is None else self.bs.calibration.tokens,
             "stage_precision": None if self.bs is None else self.bs.stage_precision,
+            "balance": None
+            if self.bs is None or not isinstance(self.bs.balance, Balance)
+            else to_builtins(self.bs.balance),
             "losses": None if self.bs is None else {name: _plain(found) for name, found in _losses(self.bs).items()},
             "n_blocks": model.n_blocks,
             "n_experts": model.n_experts,
@@ -108,10 +112,13 @@ def summary(inspection: Inspection) -> RenderableType:
     """Lay out an inspection for a terminal."""
     from rich.console import Group
     from rich.table import Table
+    from rich.text import Text
 
     manifest = inspection.any_manifest
     model = manifest.model
     facts = Table.grid(padding=(0, 2))
+    facts.add_column(no_wrap=True)
+    facts.add_column(overflow="fold")  # a hash is copied, whole or not at all
     rows = {
         "model": f"{model.name} ({model.family})",
         "shape": f"{model.n_blocks} blocks x {model.n_experts} experts, top-{model.top_k}, "
@@ -128,9 +135,12 @@ def summary(inspection: Inspection) -> RenderableType:
         rows["precision"] += f", stages {inspection.bs.stage_precision}"
         calibration = inspection.bs.calibration
         rows["norms"] = f"of {calibration.tokens:,} tokens" if calibration.source == "text" else "of the golden rows"
+        if isinstance(balance := inspection.bs.balance, Balance):
+            speeds = ", ".join(f"{speed:.3g}" for speed in balance.speeds)
+            rows["balanced"] = f"slowest device of each block {balance.slowest:.2f} (1.00 is level), speeds {speeds}"
         rows |= {f"fp16 of {of}": _told(found) for of, found in _losses(inspection.bs).items() if found is not None}
     for name, value in rows.items():
-        facts.add_row(name, value)
+        facts.add_row(name, Text(value))
     table = Table()
     for name in ("folder", "holds", "size"):
         table.add_column(name, justify="right" if name == "size" else "left")

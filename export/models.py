@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,11 @@ def find_checkpoint(model: str, report: Callable[[str], None]) -> tuple[Path, st
     return _hub_checkpoint(repository, report), repository
 
 
-def _hub_checkpoint(repository: str, report: Callable[[str], None]) -> Path:
+def _hub_checkpoint(repository: str, report: Callable[[str], None], endpoint: str | None = None) -> Path:
     """Fetch a checkpoint, config first: a model that cannot be exported is refused before its weights are fetched."""
     try:
         from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-        from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError
         from huggingface_hub.errors import RepositoryNotFoundError as NotFoundError
     except ImportError as error:
         raise CheckpointError(
@@ -68,25 +69,55 @@ def _hub_checkpoint(repository: str, report: Callable[[str], None]) -> Path:
     revision: str | None = None
     # NOTE: asked first because downloads retry for half a minute when there is no network; this call does not.
     try:
-        revision = HfApi().model_info(repository, timeout=_HUB_PATIENCE_S).sha
-    except (NotFoundError, HFValidationError, GatedRepoError) as error:
-        reason = "needs an accepted licence and `hf auth login`" if isinstance(error, GatedRepoError) else "not found"
-        raise CheckpointError(f"{repository}: {reason} on the Hugging Face hub; or give --model PATH") from error
+        revision = HfApi(endpoint).model_info(repository, timeout=_HUB_PATIENCE_S).sha
+    except (NotFoundError, HFValidationError) as error:
+        raise hub_problem(repository, error) from error
     except Exception as error:  # noqa: BLE001 - whatever the network library of the hub's version raises
         report(f"{repository}: the Hugging Face hub cannot be reached ({_first_line(error)}); looking for a local copy")
     here = revision is None
+    options: dict[str, Any] = {"revision": revision, "local_files_only": here, "endpoint": endpoint}
+    with _told_of(repository):
+        config = Path(hf_hub_download(repository, "config.json", **options))
+    check_family(_config(config), f"{repository}/config.json")
+    if not here:
+        report(f"{repository}: downloading")
+    with _told_of(repository):
+        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, **options))
+
+
+@contextmanager
+def _told_of(repository: str) -> Iterator[None]:
     try:
-        config = Path(hf_hub_download(repository, "config.json", revision=revision, local_files_only=here))
-        check_family(_config(config), f"{repository}/config.json")
-        if not here:
-            report(f"{repository}: downloading")
-        folder = snapshot_download(repository, revision=revision, allow_patterns=_HUB_FILES, local_files_only=here)
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
+        yield
+    except Exception as error:
+        raise hub_problem(repository, error) from error
+
+
+def hub_problem(repository: str, error: Exception) -> CheckpointError:
+    """Say what went wrong between the hub and us, and what to do.
+
+    NOTE: a gated model shows its description to everybody and refuses its files, so each request may end so.
+    """
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError as NotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return CheckpointError(
+            f"{repository}: gated: accept its licence at https://huggingface.co/{repository} and log in with "
+            "`hf auth login`; or give --model PATH"
+        )
+    if isinstance(error, NotFoundError | HFValidationError):
+        return CheckpointError(f"{repository}: not found on the Hugging Face hub; or give --model PATH")
+    if isinstance(error, LocalEntryNotFoundError):
+        return CheckpointError(
             f"{repository}: no such folder; as a hub id, not in the local cache, and the Hugging Face hub cannot be reached; download it where "
             f"there is a network (hf download {repository} --local-dir FOLDER) and give --model FOLDER"
-        ) from error
-    return Path(folder)
+        )
+    if isinstance(error, EntryNotFoundError):
+        return CheckpointError(f"{repository}: has no config.json on the Hugging Face hub; or give --model PATH")
+    return CheckpointError(
+        f"{repository}: download broke off ({_first_line(error)}); the same command goes on, or give --model PATH"
+    )
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wdmoe.export.balance import Counts, Placement, add_replicas, balanced, read_counts
+from msgspec import UNSET, UnsetType
+
+from wdmoe.export.balance import Counts, Placement, add_replicas, balanced, expected_times, read_counts
 from wdmoe.runtime.errors import BundleError
+from wdmoe.runtime.manifest import Balance
 
 __all__ = [
     "Placement",
@@ -55,7 +58,7 @@ class PlacementOptions:
         self,
         n_blocks: int,
         n_experts: int,
-        most_held: int | None = None,
+        most_held: int | Sequence[int] | None = None,
         current: Placement | None = None,
         measured: Counts | None = None,
     ) -> Placement:
@@ -64,8 +67,8 @@ class PlacementOptions:
         Args:
             n_blocks: of the model.
             n_experts: of each block.
-            most_held: experts, of all blocks together, that fit on one device; None: any number. Only a balanced
-                placement and replicas heed it.
+            most_held: experts, of all blocks together, that fit on one device, the same on all or device by device;
+                None: any number. Only a balanced placement and replicas heed it.
             current: placement to begin with, where the options name none.
             measured: how often each expert was chosen, where the options name no file.
 
@@ -77,15 +80,51 @@ class PlacementOptions:
         if self.file is not None:
             placement = read_placement(self.file, n_blocks, n_experts)
         elif self.balance:
-            n_devices = self.devices or len(self.speeds) or len(self._groups(n_experts))
+            listed = len(most_held) if isinstance(most_held, Sequence) else 0
+            n_devices = self.devices or len(self.speeds) or listed or len(self._groups(n_experts))
+            if listed and listed != n_devices:
+                raise ValueError(f"{listed} sizes of memory for {n_devices} devices")
             placement = balanced(counts, self._speeds(n_devices), most_held)
         elif current is not None and self.experts_per_device is None and self.devices is None:
             placement = current
         else:
             placement = placement_of(self._groups(n_experts), n_blocks)
+        if isinstance(most_held, Sequence) and len(most_held) != device_count(placement):
+            raise ValueError(f"{len(most_held)} sizes of memory for {device_count(placement)} devices")
         if self.replicas:
-            placement = add_replicas(placement, counts, self._speeds(device_count(placement)), self.replicas, most_held)
+            speeds = self._speeds(device_count(placement))
+            placement = add_replicas(placement, counts, speeds, self.replicas, most_held, keep_level=self.balance)
         return placement
+
+    def balance_of(
+        self, placement: Placement, measured: Counts | None = None, before: Balance | UnsetType = UNSET
+    ) -> Balance | UnsetType:
+        """Say what a placement of `place` was balanced by; unset where it was not.
+
+        Args:
+            placement: what `place` returned.
+            measured: as for `place`.
+            before: of the placement that `place` began with: it stays what the new one is balanced by, if the options
+                only add replicas.
+        """
+        n_devices = device_count(placement)
+        if self.balance:
+            counts = (
+                measured
+                if measured and not self.counts
+                else read_counts(self.counts, len(placement), len(placement[0]))
+            )
+            speeds = self._speeds(n_devices)
+        elif isinstance(before, Balance) and len(before.speeds) == n_devices and not self._places_anew():
+            counts, speeds = before.counts, before.speeds
+        else:
+            return UNSET
+        # Floats, as they are read back: a manifest's hash is over its JSON, where 3 and 3.0 differ.
+        floats = tuple(tuple(map(float, row)) for row in counts)
+        return Balance(floats, speeds, tuple(map(tuple, expected_times(placement, counts, speeds))))
+
+    def _places_anew(self) -> bool:
+        return bool(self.file or self.experts_per_device or self.devices)
 
     def _groups(self, n_experts: int) -> tuple[range, ...]:
         if self.devices is not None:
@@ -155,7 +194,7 @@ def read_placement(path: Path, n_blocks: int, n_experts: int) -> Placement:
         table = [[[d for d, group in enumerate(groups) if expert in group] for expert in known]] * n_blocks
         if extra := [expert for group in groups for expert in group if expert not in known]:
             raise BundleError(f"{path}: expert {extra[0]} is outside the model, whose blocks have {n_experts}")
-    elif set(content) == {"placement"} and all(map(_is_list_of_lists, content["placement"])):
+    elif set(content) == {"placement"} and _is_table(content["placement"]):
         table = content["placement"]
     else:
         raise BundleError(
@@ -188,6 +227,10 @@ def _read_table(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise BundleError(f"{path}: cannot be read ({error})") from error
     return content if isinstance(content, dict) else {}
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_list_of_lists, value))
 
 
 def _is_list_of_lists(value: object) -> bool:

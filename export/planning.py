@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from wdmoe.export.balance import Counts, expected_times
 from wdmoe.export.families import ModelLayout
 from wdmoe.export.placement import Placement, device_count, held_by
-from wdmoe.export.sizing import HEADROOM, Sizes, advice, fits, sizes_of
+from wdmoe.export.sizing import HEADROOM, DeviceSize, Sizes, advice, by_device, fits, most_held, sizes_of
 from wdmoe.runtime.manifest import PRECISIONS, Precision, StagePrecision
 
 if TYPE_CHECKING:
@@ -27,21 +27,27 @@ class DryRun:
     sizes: Sizes
     counts: Counts
     speeds: tuple[float, ...]
-    device_memory_bytes: int | None
+    device_memory_bytes: tuple[int, ...]  # of each device; empty: not said
 
     @property
     def too_small(self) -> tuple[int, ...]:
         """The devices whose memory does not hold their experts in the precision chosen."""
-        memory = self.device_memory_bytes
-        sizes = self.sizes.devices[self.precision]
-        return () if memory is None else tuple(d.device for d in sizes if not fits(memory, d.memory_bytes))
+        return tuple(d.device for d in self.sizes.devices[self.precision] if self.fits(d) is False)
+
+    def fits(self, device: DeviceSize) -> bool | None:
+        """Say whether a device holds its experts; None: its memory is not known."""
+        return fits(self.device_memory_bytes[device.device], device.memory_bytes) if self.device_memory_bytes else None
 
     @property
     def advice(self) -> str | None:
         """What to change, if a device is too small."""
-        if not self.too_small or self.device_memory_bytes is None:
+        if not self.too_small:
             return None
-        return advice(self.layout, self.precision, self.device_memory_bytes)
+        spec, memory = self.layout.spec, self.device_memory_bytes
+        room = sum(most_held(spec, self.precision, size_bytes) for size_bytes in memory)
+        if len(set(memory)) > 1 and room >= spec.n_blocks * spec.n_experts:
+            return "use --placement balanced, which heeds the memory of each"
+        return advice(self.layout, self.precision, min(memory))
 
     def times(self) -> list[float]:
         """Return for each device its mean over the blocks of expected load over speed; 1 is level."""
@@ -56,6 +62,9 @@ class DryRun:
     def as_json(self) -> dict[str, Any]:
         """Say the same for programs."""
         spec, memory = self.layout.spec, self.device_memory_bytes
+        said: int | tuple[int, ...] | None = memory or None
+        if len(set(memory)) == 1:
+            said = memory[0]
         return {
             "model": spec.name,
             "family": spec.family,
@@ -67,16 +76,13 @@ class DryRun:
             "n_experts": spec.n_experts,
             "bs": asdict(self.sizes.station),
             "devices": {
-                precision: [
-                    asdict(size) | {"fits": None if memory is None else fits(memory, size.memory_bytes)}
-                    for size in sizes
-                ]
+                precision: [asdict(size) | {"fits": self.fits(size)} for size in sizes]
                 for precision, sizes in self.sizes.devices.items()
             },
             "bundle_bytes": {precision: self.sizes.bundle_bytes(precision) for precision in self.sizes.devices},
-            "device_memory_bytes": memory,
+            "device_memory_bytes": said,
             "headroom": HEADROOM,
-            "fits": None if memory is None else not self.too_small,
+            "fits": not self.too_small if memory else None,
             "advice": self.advice,
             "expected_time": self.times(),
             "expected_time_of_slowest": self.slowest(),
@@ -91,13 +97,18 @@ def dry_run(
     placement: Placement,
     counts: Counts,
     speeds: tuple[float, ...],
-    device_memory_bytes: int | None,
+    device_memory_bytes: tuple[int, ...] = (),
     stages: StagePrecision = "fp32",
 ) -> DryRun:
-    """Work out a plan; arguments as the fields of `DryRun`, speeds may be empty."""
-    speeds = speeds or (1.0,) * device_count(placement)
+    """Work out a plan; arguments as the fields of `DryRun`, speeds may be empty, one memory is that of all devices.
+
+    Raises:
+        ValueError: there are neither one nor as many sizes of memory as devices.
+    """
+    n_devices = device_count(placement)
+    memory = by_device(device_memory_bytes, n_devices) if device_memory_bytes else ()
     sizes = sizes_of(layout, placement, stages)
-    return DryRun(layout, origin, precision, stages, placement, sizes, counts, speeds, device_memory_bytes)
+    return DryRun(layout, origin, precision, stages, placement, sizes, counts, speeds or (1.0,) * n_devices, memory)
 
 
 def plan_table(plan: DryRun) -> RenderableType:
@@ -111,7 +122,7 @@ def plan_table(plan: DryRun) -> RenderableType:
     uneven = any(count != counts[0] for counts in plan.counts for count in counts) or len(set(plan.speeds)) > 1
     table = Table(box=SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     table.caption = "GB on the disk in the precision chosen, and of memory in each" + (
-        "" if memory is None else "; ! does not fit"
+        "; ! does not fit" if memory else ""
     )
     for name in ("folder", "experts", "load", "disk", *PRECISIONS):
         if uneven or name != "load":
@@ -124,22 +135,25 @@ def plan_table(plan: DryRun) -> RenderableType:
         cells = [f"{time:.2f}"] if uneven else []
         cells.append(gb(plan.sizes.devices[plan.precision][device].disk_bytes))
         for precision in PRECISIONS:
-            needed = plan.sizes.devices[precision][device].memory_bytes
-            cells.append(gb(needed) + ("!" if memory is not None and not fits(memory, needed) else ""))
+            size = plan.sizes.devices[precision][device]
+            cells.append(gb(size.memory_bytes) + ("!" if plan.fits(size) is False else ""))
         table.add_row(f"device-{device}", describe_held(plan.placement, device), *cells)
     notes = [
         f"Experts will be {plan.precision}; all folders together take {gb(plan.sizes.bundle_bytes(plan.precision))} GB.",
         f"Memory of the bs: weights, scratch and {gb(station.kv_bytes)} GB of keys and values ({station.context:,} tokens).",
-        "Memory of a device: weights as stored and scratch. onnxruntime holds fp16 as float32;",
-        "where that does not fit, the numpy engine maps the files and converts at each use.",
+        (
+            "Memory of a device: weights as stored and scratch. onnxruntime holds fp16 as float32; where that does not "
+            "fit, the numpy engine maps the files and converts at each use."
+        ),
     ]
     if uneven:
         notes.append(
             "Load: expected share of a block's work over share of speed, mean over blocks; 1.00 is level. "
             f"Slowest device of each block: {plan.slowest():.2f}."
         )
-    if memory is not None:
-        room = f"devices of {gb(memory)} GB, {HEADROOM:.0%} of it kept free"
+    if memory:
+        sizes = ", ".join(map(gb, memory if len(set(memory)) > 1 else memory[:1]))
+        room = f"devices of {sizes} GB, {HEADROOM:.0%} of it kept free"
         verdict = "fits" if not plan.too_small else f"does not fit device {', '.join(map(str, plan.too_small))}"
         notes.append(f"{plan.precision} on {room}: {verdict}" + (f"; {plan.advice}." if plan.advice else "."))
     heading = [
@@ -158,7 +172,8 @@ def describe_held(placement: Placement, device: int) -> str:
     by_block = [[expert for of, expert in held if of == block] for block in range(len(placement))]
     if all(row == by_block[0] for row in by_block):
         return f"{spans(by_block[0])} of each block"
-    return f"{len(held)}: {min(map(len, by_block))}-{max(map(len, by_block))} of a block"
+    fewest, most = min(map(len, by_block)), max(map(len, by_block))
+    return f"{len(held)}: {fewest if fewest == most else f'{fewest}-{most}'} of a block"
 
 
 def spans(numbers: list[int]) -> str:

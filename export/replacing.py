@@ -14,17 +14,20 @@ from wdmoe.export.inspection import Inspection, read_bundle
 from wdmoe.export.placement import Placement, device_count, held_by
 from wdmoe.export.slicing import ExpertFile, FloatArray, expert_file_name
 from wdmoe.runtime.errors import BundleError
-from wdmoe.runtime.manifest import SENSITIVITY_NAME, BsManifest, FileEntry, write_manifest
+from wdmoe.runtime.manifest import SENSITIVITY_NAME, Balance, BsManifest, FileEntry, write_manifest
 from wdmoe.runtime.tensor_file import map_tensors, read_spans
 
 
-def place_again(bundle: Path, out: Path, placement: Placement) -> Inspection:
+def place_again(
+    bundle: Path, out: Path, placement: Placement, balance: Balance | msgspec.UnsetType = msgspec.UNSET
+) -> Inspection:
     """Write a bundle that differs from another in its placement alone.
 
     Args:
         bundle: made by wdmoe-export, with all of its device folders.
         out: is made; weights are hard links where the file system allows, copies elsewhere.
         placement: of the new one.
+        balance: what it was balanced by, if it was.
 
     Raises:
         BundleError: something is there already, or a file of the bundle is missing.
@@ -40,7 +43,7 @@ def place_again(bundle: Path, out: Path, placement: Placement) -> Inspection:
     (partial / "experts").mkdir(parents=True)
     for name in {expert.name for row in experts for expert in row}:
         link(_weights_path(bundle, found, name), partial / "experts" / name)
-    _write_station(bundle / "bs", partial / "bs", found.bs, placement)
+    _write_station(bundle / "bs", partial / "bs", found.bs, placement, balance)
     bs = found.bs
     frame = Frame(bs.model, bs.source, bs.precision, bs.bundle_id, bs.quantisation_error)
     for device in range(device_count(placement)):
@@ -52,7 +55,9 @@ def place_again(bundle: Path, out: Path, placement: Placement) -> Inspection:
     return read_bundle(out)
 
 
-def _write_station(source: Path, target: Path, manifest: BsManifest, placement: Placement) -> None:
+def _write_station(
+    source: Path, target: Path, manifest: BsManifest, placement: Placement, balance: Balance | msgspec.UnsetType
+) -> None:
     target.mkdir()
     for name in manifest.files:
         if not (source / name).is_file():
@@ -60,7 +65,7 @@ def _write_station(source: Path, target: Path, manifest: BsManifest, placement: 
         link(source / name, target / name)
     if (source / SENSITIVITY_NAME).is_file():
         link(source / SENSITIVITY_NAME, target / SENSITIVITY_NAME)
-    write_manifest(target, msgspec.structs.replace(manifest, placement=placement))
+    write_manifest(target, msgspec.structs.replace(manifest, placement=placement, balance=balance))
 
 
 def _experts_of(bundle: Path, found: Inspection) -> tuple[list[list[ExpertFile]], list[FloatArray]]:

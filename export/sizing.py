@@ -102,6 +102,23 @@ def most_held(spec: ModelSpec, precision: Precision, memory_bytes: int) -> int:
     return max(0, int(free // weight_bytes(spec, precision)))
 
 
+def by_device(memory_bytes: tuple[int, ...], n_devices: int) -> tuple[int, ...]:
+    """Return the memory of each device; one size is that of all.
+
+    Raises:
+        ValueError: there are as many sizes as neither.
+    """
+    if len(memory_bytes) not in (1, n_devices):
+        raise ValueError(f"{len(memory_bytes)} sizes of memory for {n_devices} devices")
+    return memory_bytes if len(memory_bytes) == n_devices else memory_bytes * n_devices
+
+
+def limit_of(spec: ModelSpec, precision: Precision, memory_bytes: tuple[int, ...]) -> int | tuple[int, ...] | None:
+    """Return how many experts fit: on any device, on each of several, or None where nothing is said."""
+    limits = tuple(most_held(spec, precision, size_bytes) for size_bytes in memory_bytes)
+    return None if not limits else limits[0] if len(limits) == 1 else limits
+
+
 def advice(layout: ModelLayout, precision: Precision, memory_bytes: int) -> str:
     """Say what to change when a device is too small."""
     spec = layout.spec

@@ -18,7 +18,7 @@ from wdmoe.export.bundle import layout_of
 from wdmoe.export.checkpoint import Checkpoint, open_checkpoint, read_pieces
 from wdmoe.export.conversion import Losses, to_float32
 from wdmoe.export.families import ModelLayout
-from wdmoe.export.forward import FloatArray, Forward, IntArray, RunExpert, bundle_experts
+from wdmoe.export.forward import FloatArray, Forward, IntArray, RunExpert, bundle_experts, open_tokenizer
 from wdmoe.export.inspection import read_bundle
 from wdmoe.export.slicing import answers_of, golden_rows
 from wdmoe.export.station import weight_files
@@ -199,7 +199,8 @@ def verification_table(found: Verification) -> RenderableType:
     text = found.text
     experts = f"Experts {found.precision}: RMS error {found.rms_of_experts:.2e} over {len(found.experts)} experts."
     whole = (
-        f"Blocks and logits: a text of {text.tokens} tokens, the errors of all blocks before included. KL "
+        f"Blocks and logits: a text of {text.tokens} tokens through the bundle's stages, with its experts and with the "
+        "checkpoint's, the errors of all blocks before included; stages themselves are compared by their weights. KL "
         f"{text.divergence:.2e} nats a token (bound {text.bound:.1e}), same most likely token {text.same_choice:.0%}."
     )
     return Group(table, Text(experts), Text(whole))
@@ -252,9 +253,7 @@ def _token_ids(folder: Path, bs: BsManifest, tokens: int) -> IntArray:
     tokens = min(tokens, bs.model.max_positions)
     if bs.tokenizer is None:
         return np.random.default_rng(_SEED).integers(0, bs.model.vocab_size, tokens)
-    from tokenizers import Tokenizer
-
-    ids = Tokenizer.from_file(str(folder / bs.tokenizer)).encode(_TEXT, add_special_tokens=False).ids
+    ids = open_tokenizer(folder / bs.tokenizer).encode(_TEXT, add_special_tokens=False).ids
     return np.array(ids[:tokens], np.int64)
 
 

@@ -12,6 +12,7 @@ import msgspec
 VERSION = 1
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+Minute = Annotated[float, msgspec.Meta(ge=0, le=60_000)]  # in ms, at most
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
@@ -27,10 +28,10 @@ class StagingPoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True, arra
     """What a request costs beside its expert calls, at a number of rows; medians."""
 
     tokens: Count
-    convert_ms: NotNegative  # rows off the wire to float32, sums back to the wire
-    gather_ms: NotNegative  # rows of one expert into one piece
-    weight_ms: NotNegative  # outputs times gate weights
-    sum_ms: NotNegative  # into one row for each row of the request
+    convert_ms: Minute  # twice as many rows off the wire to float32, sums back to the wire
+    gather_ms: Minute  # rows of one expert into one piece
+    weight_ms: Minute  # outputs times gate weights
+    sum_ms: Minute  # into one row for each row of the request
 
 
 class Conditions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -41,7 +42,7 @@ class Conditions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clocks_mhz: dict[str, float] = {}  # "cpu", "gpu", "emc": while it was at work
     throttled: tuple[str, ...] = ()  # what held the clocks down meanwhile; empty: nothing was noticed
     rss_bytes: Annotated[int, msgspec.Meta(ge=0)] | None = None  # of the process, at its highest
-    weights_bytes: Annotated[int, msgspec.Meta(ge=0)] | None = None  # by which it grew when the engine was loaded
+    weights_bytes: Annotated[int, msgspec.Meta(ge=0)] | None = None  # that loading the engine took
     load_average: NotNegative | None = None  # of one minute, when it began: others on the machine
 
 
@@ -84,9 +85,8 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     conditions: Conditions | None = None
     sources: tuple[str, ...] = ()  # of what is modelled: which value comes from where
     emulated: Emulated | None = None
-    row_link_ms: Annotated[float, msgspec.Meta(ge=0, le=60_000)] = (
-        0.0  # on an emulated link, what each float16 row adds, there and back
-    )
+    row_link_ms: Minute = 0.0  # on an emulated link, what each float16 row adds, there and back
+    row_up_ms: Minute | None = None  # of that, what the way back takes; None: half
 
     def __post_init__(self) -> None:
         """Refuse a table that does not ascend."""
@@ -96,6 +96,8 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 raise ValueError(f"token counts of a profile must ascend, got {tokens}")
         if (self.origin == "emulated") != (self.emulated is not None):
             raise ValueError("a profile whose origin is emulated, and no other, says what is emulated")
+        if self.row_up_ms is not None and self.row_up_ms > self.row_link_ms:
+            raise ValueError(f"of {self.row_link_ms} ms there and back, the way back takes {self.row_up_ms}")
 
     def call_ms(self, tokens: int) -> float:
         """Predict the median time of one expert call with `tokens` rows; 0 for none."""
@@ -109,6 +111,14 @@ class DeviceProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             highest = max(highest, point.p50_ms)
             steps.append((point.tokens, highest))
         return tuple(steps)
+
+    @property
+    def staging_ms(self) -> float:
+        """What each row of a request costs beside the expert calls, at the most rows that were measured; 0 if none were."""
+        if not self.staging:
+            return 0.0
+        most = self.staging[-1]
+        return (most.convert_ms / 2 + most.gather_ms + most.weight_ms + most.sum_ms) / most.tokens
 
     @property
     def tail_ratio(self) -> float:

@@ -119,11 +119,11 @@ class Cuda(Protocol):
         ...
 
 
-class CudaDriver:
-    """The first GPU of this machine; see `Cuda`."""
+class _Library:
+    """The driver's library, opened, and what it says of the first GPU."""
 
-    def __init__(self, library: str = _LIBRARY) -> None:
-        """Open the driver.
+    def __init__(self, library: str) -> None:
+        """Open the driver; takes no memory of the GPU.
 
         Raises:
             EngineError: there is none, or no GPU.
@@ -151,6 +151,40 @@ class CudaDriver:
             integrated=bool(self._attribute(_INTEGRATED)),
             driver=f"{version.value // 1000}.{version.value % 1000 // 10}",
         )
+
+    def _attribute(self, attribute: int) -> int:
+        value = c_int()
+        self._call("cuDeviceGetAttribute", ctypes.byref(value), attribute, self._number)
+        return value.value
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        status = getattr(self._functions, name)(*arguments)
+        if status != 0:
+            text = c_char_p()
+            self._functions.cuGetErrorString(status, ctypes.byref(text))
+            said = text.value.decode(errors="replace") if text.value else "unknown"
+            raise EngineError(f"CUDA: {name} failed: {said} (error {status})")
+
+
+def find_device(library: str = _LIBRARY) -> CudaDevice:
+    """Describe the first GPU without taking any of its memory.
+
+    Raises:
+        EngineError: there is no driver, or no GPU.
+    """
+    return _Library(library).device
+
+
+class CudaDriver(_Library):
+    """The first GPU of this machine; see `Cuda`."""
+
+    def __init__(self, library: str = _LIBRARY) -> None:
+        """Open the driver and take the GPU's primary context.
+
+        Raises:
+            EngineError: there is none, or no GPU.
+        """
+        super().__init__(library)
         self._context = c_void_p()
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), self._number)
         self.make_current()
@@ -210,16 +244,3 @@ class CudaDriver:
     def synchronize(self, stream: int) -> None:
         """Wait until all that was queued is done."""
         self._call("cuStreamSynchronize", stream)
-
-    def _attribute(self, attribute: int) -> int:
-        value = c_int()
-        self._call("cuDeviceGetAttribute", ctypes.byref(value), attribute, self._number)
-        return value.value
-
-    def _call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self._functions, name)(*arguments)
-        if status != 0:
-            text = c_char_p()
-            self._functions.cuGetErrorString(status, ctypes.byref(text))
-            said = text.value.decode(errors="replace") if text.value else "unknown"
-            raise EngineError(f"CUDA: {name} failed: {said} (error {status})")

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +16,12 @@ from wdmoe.profiles.device_profile import DeviceProfile, Emulated
 from wdmoe.profiles.link_profile import LinkProfile, modelled_link
 from wdmoe.profiles.modelled import MEMORY_SHARE, PRECISIONS, ExpertShape, memory_bytes, modelled_profile
 from wdmoe.runtime.channels import Channel, OwnChannel
+from wdmoe.runtime.departures import Departures
 from wdmoe.runtime.errors import WdmoeError
 from wdmoe.runtime.manifest import DeviceManifest
 from wdmoe.runtime.messages import ExpertReply, ExpertRequest, Frame, Message, Pong, encode
 
 _FP16_BYTES = 2
-_SPIN_S = 1e-3  # a poll counts in milliseconds: what is due within one is waited for without sleeping
 _WARN_UP_TO = 256  # tokens of a call
 
 
@@ -49,6 +48,10 @@ class Exchange:
     up_bytes: float  # of the reply, as charged
     service_ms: float  # that the emulated device computes
     real_round_trip_ms: float = 0.0  # of the real link now: the emulated one stands in its place and does not add it
+    sent_s: float | None = None  # when its request has the way down, as `receive` said; None: not asked for so far
+    share: float | None = (
+        None  # of the link's bandwidth that it gets, as its request says; None: as the emulator has it
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +103,22 @@ class Emulator:
         """Decide when the reply leaves: never before the real work is done."""
         return self.answer(self.compute(exchange), exchange.arrived_s)
 
+    def receive(self, arrived_s: float, down_bytes: float, share: float | None = None) -> float:
+        """Take the way down for a request that comes now; return when it begins to."""
+        return self._down.reserve(arrived_s, arrived_s, self._down_s(down_bytes, share or self.share))
+
     def compute(self, exchange: Exchange) -> Computed:
         """Decide when the answer is there: the first half of `release`."""
-        link = self._link
-        down_s = link.down_ms(exchange.down_bytes) / self.share / 1e3 if link is not None else 0.0
+        share = exchange.share or self.share
+        down_s = self._down_s(exchange.down_bytes, share)
         way_s = self._round_trip_s(exchange.real_round_trip_ms) / 2
-        sent_s = self._down.reserve(exchange.arrived_s, exchange.arrived_s, down_s)
+        sent_s = exchange.sent_s
+        if sent_s is None:
+            sent_s = self.receive(exchange.arrived_s, exchange.down_bytes, share)
         received_s = sent_s + down_s + way_s
         started_s = max(received_s, self._free_s)
         self._free_s = max(started_s + exchange.service_ms / 1e3, exchange.done_s)
-        waited_s = (sent_s - exchange.arrived_s) + (started_s - received_s) + self._longer_s(down_s)
+        waited_s = (sent_s - exchange.arrived_s) + (started_s - received_s) + self._longer_s(down_s, share)
         return Computed(exchange, started_s, self._free_s, waited_s)
 
     def answer(self, computed: Computed, now_s: float) -> Release:
@@ -120,19 +129,23 @@ class Emulator:
             now_s: nothing will be asked of the link for an earlier moment.
         """
         link, exchange = self._link, computed.exchange
-        up_s = link.up_ms(exchange.up_bytes) / self.share / 1e3 if link is not None else 0.0
+        share = exchange.share or self.share
+        up_s = link.up_ms(exchange.up_bytes) / share / 1e3 if link is not None else 0.0
         way_s = self._round_trip_s(exchange.real_round_trip_ms) / 2
         sent_s = self._up.reserve(now_s, computed.ended_s, up_s)
         self._last_s = max(self._last_s, sent_s + up_s + way_s + self._draw_s(self._jitter))
-        waited_s = computed.waited_s + (sent_s - computed.ended_s) + self._longer_s(up_s)
+        waited_s = computed.waited_s + (sent_s - computed.ended_s) + self._longer_s(up_s, share)
         return Release(self._last_s, round(1e6 * waited_s), round(1e6 * (computed.ended_s - computed.started_s)))
 
     def pong_delay_s(self, real_round_trip_ms: float = 0.0) -> float:
         """Draw how long a ping and its answer are on the link; they wait for nobody."""
         return self._round_trip_s(real_round_trip_ms) + self._draw_s(self._ping_jitter)
 
-    def _longer_s(self, on_air_s: float) -> float:
-        return max(0.0, on_air_s * (1 - self.share / self._usual_share))
+    def _down_s(self, down_bytes: float, share: float) -> float:
+        return self._link.down_ms(down_bytes) / share / 1e3 if self._link is not None else 0.0
+
+    def _longer_s(self, on_air_s: float, share: float) -> float:
+        return max(0.0, on_air_s * (1 - share / self._usual_share))
 
     def _round_trip_s(self, real_ms: float) -> float:
         return max(0.0, self._link.round_trip_ms - real_ms) / 1e3 if self._link is not None else 0.0
@@ -152,17 +165,18 @@ class Air:
     real_round_trip_ms: Callable[[], float] = lambda: 0.0  # of the real link now, where it is known
     send_when_ready: bool = False  # ask for the way up no sooner, as where time is virtual and `due` called at `next_s`
     real_best_ms: Callable[[], float] = lambda: 0.0  # and at its best: of many pings a base station takes the smallest
-    _started: deque[tuple[float, float, float]] = field(default_factory=deque)  # arrival, bytes down, service
-    _held: list[tuple[float, int, Message]] = field(default_factory=list)  # a heap
+    _started: deque[tuple[float, float, float, float, float | None]] = field(
+        default_factory=deque
+    )  # arrival, way down taken, bytes, service, share
+    _held: Departures[Message] = field(default_factory=Departures)
     _ready: deque[tuple[Computed, Message]] = field(default_factory=deque)  # ascending in when they end
-    _count: int = 0
 
     def hold(self, answers: Iterable[Message], now_s: float) -> list[Message]:
         """Hold pongs back for their round trip; return what goes at once."""
         at_once: list[Message] = []
         for answer in answers:
             if isinstance(answer.header, Pong):
-                self._push(now_s + self.emulator.pong_delay_s(self.real_best_ms()), answer)
+                self._held.hold(answer, now_s + self.emulator.pong_delay_s(self.real_best_ms()))
             else:
                 at_once.append(answer)
         return at_once
@@ -170,14 +184,17 @@ class Air:
     def start(self, request: ExpertRequest, frames: Sequence[Frame], arrived_s: float) -> None:
         """Note a request that is being worked on; they end in the order in which they start."""
         service_ms = sum(map(self.profile.call_ms, request.counts))
-        self._started.append((arrived_s, self._charged_bytes(frames), service_ms))
+        down_bytes = self._charged_bytes(frames)
+        share = request.share if request.up_mbps is None else None  # otherwise it is of the real link, see `Outlet`
+        sent_s = self.emulator.receive(arrived_s, down_bytes, share)
+        self._started.append((arrived_s, sent_s, down_bytes, service_ms, share))
 
     def finish(self, answer: Message, done_s: float) -> None:
         """Hold the answer of the oldest request that was started, and let it report the emulated times."""
-        arrived_s, down_bytes, service_ms = self._started.popleft()
+        arrived_s, sent_s, down_bytes, service_ms, share = self._started.popleft()
         up_bytes = self._charged_bytes(encode(answer))
         computed = self.emulator.compute(
-            Exchange(arrived_s, done_s, down_bytes, up_bytes, service_ms, self.real_round_trip_ms())
+            Exchange(arrived_s, done_s, down_bytes, up_bytes, service_ms, self.real_round_trip_ms(), sent_s, share)
         )
         if self.send_when_ready:
             self._ready.append((computed, answer))
@@ -189,7 +206,7 @@ class Air:
         if isinstance(answer.header, ExpertReply):
             header = msgspec.structs.replace(answer.header, queue_us=release.queue_us, compute_us=release.compute_us)
             answer = Message(header, answer.rows)
-        self._push(release.at_s, answer)
+        self._held.hold(answer, release.at_s)
 
     def due(self, now_s: float) -> list[Message]:
         """Take what leaves now."""
@@ -197,26 +214,41 @@ class Air:
         while self._ready and self._ready[0][0].ended_s <= now_s:
             computed, answer = self._ready.popleft()
             self._send(computed, answer, computed.ended_s)
-        while self._held and self._held[0][0] <= now_s:
-            messages.append(heapq.heappop(self._held)[2])
+        messages += self._held.due(now_s)
         return messages
 
     @property
     def next_s(self) -> float:
         """When something is due next; infinity if nothing is held."""
         ready_s = self._ready[0][0].ended_s if self._ready else float("inf")
-        return min(ready_s, self._held[0][0]) if self._held else ready_s
+        return min(ready_s, self._held.next_s)
 
     def wait_s(self, now_s: float, at_most_s: float) -> float:
         """Return how long to sleep: until shortly before something is due, and not at all from then on."""
-        return min(at_most_s, max(0.0, self._held[0][0] - now_s - _SPIN_S)) if self._held else at_most_s
-
-    def _push(self, at_s: float, message: Message) -> None:
-        self._count += 1
-        heapq.heappush(self._held, (at_s, self._count, message))
+        return self._held.wait_s(now_s, at_most_s)
 
     def _charged_bytes(self, frames: Sequence[Frame]) -> float:
         return len(frames[0]) + self.row_scale * sum(map(len, frames[1:]))
+
+
+def check_memory(options: EmulationOptions, manifest: DeviceManifest) -> tuple[ExpertShape, str]:
+    """Return the shape and precision that experts are charged as, if so many of them fit into the emulated device.
+
+    Raises:
+        WdmoeError: the slice would not fit into the memory of that device.
+    """
+    model = manifest.model
+    shape = options.cost_shape or ExpertShape(model.d_model, model.d_ff)
+    precision = options.cost_precision or (manifest.precision if manifest.precision in PRECISIONS else "fp16")
+    needed, usable = len(manifest.experts) * shape.weight_bytes(precision), MEMORY_SHARE * memory_bytes(options.device)
+    if needed > usable:
+        raise WdmoeError(
+            f"{options.device} cannot hold this slice: {len(manifest.experts)} experts of {shape.d_model}x{shape.d_ff} "
+            f"in {precision} take {needed / 1e9:.1f} GB, experts may take {usable / 1e9:.1f} of its "
+            f"{memory_bytes(options.device) / 1e9:g} GB; emulate a larger device, place fewer experts on each "
+            "(wdmoe-export --experts-per-device), or give --cost-precision int4 or another --cost-shape"
+        )
+    return shape, precision
 
 
 def emulated_profile(
@@ -235,16 +267,7 @@ def emulated_profile(
         WdmoeError: the slice would not fit into the memory of that device.
     """
     model = manifest.model
-    shape = options.cost_shape or ExpertShape(model.d_model, model.d_ff)
-    precision = options.cost_precision or (manifest.precision if manifest.precision in PRECISIONS else "fp16")
-    needed, usable = len(manifest.experts) * shape.weight_bytes(precision), MEMORY_SHARE * memory_bytes(options.device)
-    if needed > usable:
-        raise WdmoeError(
-            f"{options.device} cannot hold this slice: {len(manifest.experts)} experts of {shape.d_model}x{shape.d_ff} "
-            f"in {precision} take {needed / 1e9:.1f} GB, experts may take {usable / 1e9:.1f} of its "
-            f"{memory_bytes(options.device) / 1e9:g} GB; emulate a larger device, place fewer experts on each "
-            "(wdmoe-export --experts-per-device), or give --cost-precision int4 or another --cost-shape"
-        )
+    shape, precision = check_memory(options, manifest)
     modelled = modelled_profile(options.device, precision, shape)
     link = modelled_link(options.link) if options.link is not None else None
     row_bytes = shape.d_model * _FP16_BYTES
@@ -269,6 +292,7 @@ def emulated_profile(
             share=options.share,
         ),
         row_link_ms=link.row_ms(row_bytes) / options.share if link is not None else 0.0,
+        row_up_ms=link.up_ms(row_bytes) / options.share if link is not None else None,
     )
 
 

@@ -24,11 +24,20 @@ def weighted_sums(engine: ExpertEngine, request: ExpertRequest, rows: Rows) -> R
     Returns:
         float32 [n, d_model].
     """
+    if len(rows) == 1:
+        return _sum_of_row(engine, request, rows)
     index = request_index(request)
     most = int(np.bincount(index).max())  # experts of one row
     if rows.size * most <= _LAID_OUT_FLOATS:
         return _sum_at_the_end(engine, request, rows, index, most)
     return _sum_as_they_come(engine, request, rows, index)
+
+
+def _sum_of_row(engine: ExpertEngine, request: ExpertRequest, row: Rows) -> Rows:
+    """Weigh and sum the outputs of all experts for the one row."""
+    outputs = np.concatenate([engine.run(request.block, expert, row) for expert in request.experts])
+    total: Rows = np.matmul(request_weights(request)[None], outputs)
+    return total
 
 
 def _sum_at_the_end(
@@ -55,8 +64,6 @@ def _sum_at_the_end(
 def _places(index: npt.NDArray[np.uint32], n: int, most: int) -> npt.NDArray[np.int64]:
     """Return the place of each entry's output: after those of the same row whose experts come before."""
     numbers = np.arange(len(index))
-    if n == 1:
-        return numbers
     order = np.argsort(index, kind="stable")
     by_row = index[order]
     place = np.empty(len(index), np.int64)

@@ -58,16 +58,23 @@ def widened_to_float32(values: npt.NDArray[np.float16]) -> npt.NDArray[np.float3
     return _cast(session, values)
 
 
-def rounded_to_float16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
-    """Round rows to the nearest float16, ties to even; what is too large becomes infinite."""
+def rounded_to_float16(values: npt.NDArray[np.float32], fits: bool = False) -> npt.NDArray[np.float16]:
+    """Round rows to the nearest float16, ties to even; what is too large becomes infinite.
+
+    Args:
+        values: rows.
+        fits: whether it is known that none is too large.
+    """
     if (session := _caster(values, "float16")) is None:
+        if fits:
+            return values.astype(np.float16)
         with np.errstate(over="ignore"):
             return values.astype(np.float16)
     return _cast(session, values)
 
 
 def _cast(session: onnxruntime.InferenceSession, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    (result,) = session.run(None, {"x": values.reshape(-1)})
+    (result,) = session.run(["y"], {"x": values.reshape(-1)})
     cast: npt.NDArray[Any] = result.reshape(values.shape)
     return cast
 

@@ -8,8 +8,10 @@ moves a virtual clock. A link carries frames and knows nothing of what they mean
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
 
 Peer = bytes  # how the link tells its peers apart; opaque above it
 BS: Peer = b"bs"  # what a device calls its only peer
-_POLLIN = int(zmq.POLLIN)  # an enum's own & takes as long as the question
+# As plain numbers: an enum's own & and | take as long as what they are for.
+_POLLIN, _NOBLOCK, _SNDMORE = int(zmq.POLLIN), int(zmq.NOBLOCK), int(zmq.SNDMORE)
+# Smaller frames are copied, 20 us for 256 KiB: pyzmq hands what it does not copy to a thread, which costs more.
 _COPIED_BYTES = 1 << 19
 _DRAIN_LIMIT = 256  # parcels taken at once, so that a flooding peer cannot hold the loop
 
@@ -81,15 +85,14 @@ class ZmqLink:
         self._dialled = dialled
         self._context = context
         self._socket = sock
-        # Smaller frames are copied, 20 us for 256 KiB: pyzmq hands what it does not copy to a thread, which costs more.
-        self._socket.copy_threshold = _COPIED_BYTES
         self._routed = routed
         self._wake_out, self._wake_in = socket.socketpair()
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._wake_in, zmq.POLLIN)
+        # The socket's descriptor says that something happened to it; `zmq.Poller` would ask twice before it waits.
+        self._poller = select.poll()
+        self._poller.register(self._socket.fileno(), select.POLLIN)
+        self._poller.register(self._wake_in, select.POLLIN)
 
     @property
     def address(self) -> str:
@@ -101,11 +104,16 @@ class ZmqLink:
         for parcel in outgoing:
             self._send(parcel)
         arrived = self._drain()
-        if not arrived and timeout_s > 0:
-            ready = dict(self._poller.poll(max(0, round(timeout_s * 1000 + 0.5))))
-            if self._wake_in.fileno() in ready or self._wake_in in ready:
-                self._clear_wake()
+        if arrived or timeout_s <= 0:
+            return arrived
+        deadline_s = time.monotonic() + timeout_s
+        while not arrived and timeout_s > 0:
+            ready = self._poller.poll(timeout_s * 1000)
             arrived = self._drain()
+            if any(descriptor == self._wake_in.fileno() for descriptor, _ in ready):
+                self._clear_wake()
+                break
+            timeout_s = deadline_s - time.monotonic()  # what happened may have been no message
         return arrived
 
     def wake(self) -> None:
@@ -134,9 +142,13 @@ class ZmqLink:
         self._wake_in.close()
 
     def _send(self, parcel: Parcel) -> None:
-        frames: list[Frame] = [parcel.peer, *parcel.frames] if self._routed else list(parcel.frames)
+        *first, last = parcel.frames
         try:
-            self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False)
+            if self._routed:
+                self._socket.send(parcel.peer, _SNDMORE | _NOBLOCK)
+            for frame in first:
+                self._socket.send(frame, _SNDMORE | _NOBLOCK, len(frame) < _COPIED_BYTES)
+            self._socket.send(last, _NOBLOCK, len(last) < _COPIED_BYTES)
         except zmq.Again:
             return  # no connection or a full queue; the sender's deadline will tell
         except zmq.ZMQError as error:
@@ -146,11 +158,13 @@ class ZmqLink:
     def _drain(self) -> list[Parcel]:
         arrived: list[Parcel] = []
         while len(arrived) < _DRAIN_LIMIT and int(self._socket.get(zmq.EVENTS)) & _POLLIN:
-            frames = self._socket.recv_multipart(flags=zmq.NOBLOCK, copy=False)
-            if self._routed:
-                arrived.append(Parcel(frames[0].bytes, [frame.buffer for frame in frames[1:]], _user_id(frames[0])))
-            else:
-                arrived.append(Parcel(BS, [frame.buffer for frame in frames]))
+            first = frame = self._socket.recv(_NOBLOCK, copy=False)
+            frames: list[Frame] = [] if self._routed else [first.buffer]
+            while frame.more:
+                frame = self._socket.recv(_NOBLOCK, copy=False)
+                frames.append(frame.buffer)
+            peer = first.bytes if self._routed else BS
+            arrived.append(Parcel(peer, frames, None if self._authenticator is None else _user_id(first)))
         return arrived
 
     def _clear_wake(self) -> None:

@@ -106,6 +106,19 @@ class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens_sha256: Sha256 | None = None  # over their ids, 8 bytes each
 
 
+class Balance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a balanced placement was made of, and what it promises."""
+
+    counts: tuple[tuple[Size, ...], ...]  # [block][expert] -> how often it was chosen, as far as was known
+    speeds: tuple[Size, ...]  # of the devices, in any unit
+    times: tuple[tuple[Size, ...], ...]  # [block][device] -> share of the choices over share of all speed; 1 is level
+
+    @property
+    def slowest(self) -> float:
+        """Mean over the blocks of their slowest device's time; 1 cannot be beaten."""
+        return sum(map(max, self.times)) / len(self.times)
+
+
 class ExpertEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One expert of a device's slice."""
 
@@ -137,6 +150,8 @@ class BsManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_fi
     stage_precision: StagePrecision = "fp32"
     expert_losses: HalfLosses | None = None  # where experts are fp16
     stage_losses: HalfLosses | None = None  # where stages are fp16
+    # NOTE: unset is left out of the file, and so of its hash: bundles from before there was this field stay what they are.
+    balance: Balance | msgspec.UnsetType = msgspec.UNSET  # where the placement was balanced
     manifest_sha256: str = ""  # of this manifest with this field empty; set when it is written
 
     @property
@@ -298,6 +313,13 @@ def _check_shape(path: Path, manifest: Manifest) -> None:
         }
         if manifest.calibration.source == "text":
             grid["calibration.counts"] = manifest.calibration.counts
+        if isinstance(manifest.balance, Balance):
+            grid["balance.counts"] = manifest.balance.counts
+            sizes = {len(manifest.balance.speeds), *map(len, manifest.balance.times)}
+            if sizes != {manifest.n_devices} or len(manifest.balance.times) != model.n_blocks:
+                raise BundleError(
+                    f"{path}: field balance is not of {model.n_blocks} blocks, {manifest.n_devices} devices"
+                )
         for field, table in grid.items():
             if len(table) != model.n_blocks or any(len(row) != model.n_experts for row in table):
                 raise BundleError(f"{path}: field {field} is not {model.n_blocks} blocks x {model.n_experts} experts")

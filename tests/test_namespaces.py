@@ -27,6 +27,9 @@ from scripts.bench._namespaces import (
     ours,
     remove,
 )
+from scripts.bench.namespaces import band_options, limited_links, station_line
+from scripts.bench.testbed import CONFIG, read_testbed
+from wdmoe.profiles.link_profile import modelled_link
 
 SCRIPT = ROOT / "scripts" / "bench" / "namespaces.py"
 LINK_OPTIONS = ["--model", "tiny", "--only-links", "--seconds", "1"]
@@ -82,6 +85,20 @@ def test_the_plan_scales_rates_to_the_rows_of_the_model_and_needs_no_root() -> N
     ]
     expected = [100 * efficiency / 3 * 576 / 4096 for efficiency in (6, 6, 4, 4, 2, 2)]
     assert rates == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_band_that_is_divided_live_has_links_that_carry_all_of_it() -> None:
+    testbed = read_testbed(CONFIG)
+    links = limited_links(testbed, "6:4:2", 32, whole=True)
+    assert [link.down_mbps for link in links] == pytest.approx([100 * e * 32 / 4096 for e in (6, 4, 2)])
+    line = station_line(
+        testbed, Path("b"), ("piqa", None), 1, ["exact"], Path("o"), band_options(testbed, "6:4:2", "static", links)
+    )
+    assert line[line.index("--bandwidth") + 1] == "0.198,0.294,0.508"
+    stated = [modelled_link(link) for link in line[line.index("--link") + 1].split(",")]
+    assert [(link.down_mbps, link.up_mbps) for link in stated] == [(link.down_mbps, link.up_mbps) for link in links]
+    assert band_options(testbed, "6:4:2", "per-block", links)[2:] == ["--bandwidth", "per-block"]
+    assert "--bandwidth" not in band_options(testbed, "6:4:2", None, links)
 
 
 def test_help_shows_an_example_and_a_wrong_option_is_named() -> None:

@@ -16,7 +16,8 @@ sys.path.append(str(ROOT))
 pytest.importorskip("tomllib")
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 
-from scripts.bench.testbed import CONFIG, read_testbed, verdict
+from scripts.bench._kept import Kept
+from scripts.bench.testbed import CONFIG, judge_pools, placed_bundle, read_testbed, verdict
 
 BENCH = ROOT / "scripts" / "bench" / "testbed.py"
 
@@ -68,6 +69,31 @@ def test_the_lesser_gain_counts_and_without_quality_nothing_does() -> None:
     for unfit in ((None, 0.0), (1.021, 0.0), (1.0, 0.021), (1.0, float("nan"))):
         found = verdict(testbed, arms(LATENCIES, {"bottleneck": unfit}))
         assert (found["best_policy"], found["policy_gain_shared"], found["passed"]) == (None, None, False)
+
+
+def test_a_policy_whose_pooled_accuracy_is_below_the_bar_gives_way_to_the_next() -> None:
+    testbed = msgspec.structs.replace(read_testbed(CONFIG), policies=("bottleneck", "ser"))
+    alone = arms(LATENCIES, {})
+    for reached, best in ((False, "ser"), (None, "bottleneck"), (True, "bottleneck")):  # None: too few rows to judge
+        found = verdict(testbed, alone, {"bottleneck": {"reached": reached}})
+        assert found["best_policy"] == best
+        assert ("bottleneck" in found["at_quality_bar"]) == (reached is not False)
+
+
+def test_accuracy_is_pooled_until_a_policy_reaches_the_bar_and_what_is_done_is_kept(tmp_path: Path) -> None:
+    testbed = read_testbed(CONFIG)
+    bars = msgspec.structs.replace(testbed.bars, pooled_points=200.0, pooled_rows=3)  # which nothing can reach
+    testbed = msgspec.structs.replace(
+        testbed, policies=("bottleneck", "ser"), pool_sets=("piqa-sample",), pool_rows=3, bars=bars
+    )
+    kept = Kept(str(tmp_path / "t.json"), "key")
+    with placed_bundle("tiny", testbed) as bundle:
+        pools = judge_pools(testbed, bundle, arms(LATENCIES, {}), None, 1, kept)
+    assert list(pools) == ["bottleneck", "ser"]  # the better first, then what is left
+    for pool in pools.values():
+        assert pool["rows"] == 3 and pool["judged"] and pool["reached"] is False
+        assert set(pool["accuracy"]["piqa-sample"]) == {"rows", "exact", "policy"}
+    assert len(Kept(str(tmp_path / "t.json"), "key").parts) == 2 and not Kept(str(tmp_path / "t.json"), "other").parts
 
 
 def test_the_testbed_is_what_it_is_said_to_be() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -30,7 +31,15 @@ class RoundRobin:
 
 def select_exact(routing: Routing) -> Plan:
     """Keep everything."""
-    return Plan(np.ones(routing.experts.shape, np.bool_), routing.weights)
+    return Plan(_everything(*routing.experts.shape), routing.weights)
+
+
+@lru_cache(maxsize=64)
+def _everything(tokens: int, k: int) -> Bools:
+    """Return True [tokens, k], to be read only: making it takes as long as all else that is done here for a token."""
+    keep = np.ones((tokens, k), np.bool_)
+    keep.flags.writeable = False
+    return keep
 
 
 def select_round_robin(routing: Routing, context: Context) -> Plan:

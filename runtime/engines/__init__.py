@@ -95,7 +95,7 @@ def engine_identity(name: str) -> str:
         if identity is not None:
             return f"{name} {identity()}"
         return f"{name} {importlib.metadata.version(name.partition('-')[0])}"
-    except importlib.metadata.PackageNotFoundError:  # installed under another name, such as onnxruntime-gpu
+    except importlib.metadata.PackageNotFoundError:  # installed under another name
         return name
     except ImportError as error:
         raise _missing(name, error) from error

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.runtime.cuda_driver import find_device
 from wdmoe.runtime.errors import EngineError
 from wdmoe.runtime.manifest import ExpertEntry
 from wdmoe.runtime.messages import Rows
@@ -119,6 +120,17 @@ class OnnxruntimeCudaEngine:
             raise
         except Exception as error:  # ONNX Runtime's exceptions share no base below Exception
             raise EngineError(f"engine {self.name}: onnxruntime {ort.__version__} cannot run here: {error}") from error
+
+    @classmethod
+    def identity(cls) -> str:
+        """Name the library and the GPU; see `wdmoe.runtime.engines.engine_identity`."""
+        import onnxruntime as ort
+
+        try:
+            gpu = find_device()
+        except EngineError:
+            return f"{ort.__version__}, no GPU"
+        return f"{ort.__version__}, {gpu.name}, driver for CUDA {gpu.driver}"
 
     def run(self, block: int, expert: int, rows: Rows) -> Rows:
         """Run one expert on rows; see `ExpertEngine`."""

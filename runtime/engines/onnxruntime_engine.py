@@ -58,6 +58,13 @@ class OnnxruntimeEngine:
         self._sessions = {(entry.block, entry.expert): open_session(folder / entry.graph, threads) for entry in experts}
         use_huge_pages()
 
+    @classmethod
+    def identity(cls) -> str:
+        """Name the library, whichever package it is from; see `wdmoe.runtime.engines.engine_identity`."""
+        import onnxruntime
+
+        return str(onnxruntime.__version__)
+
     def run(self, block: int, expert: int, rows: Rows) -> Rows:
         """Run one expert on rows; see `ExpertEngine`."""
         (out,) = self._sessions[block, expert].run(["out"], {"rows": rows})

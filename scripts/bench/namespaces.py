@@ -3,7 +3,8 @@
     sudo scripts/testbed --json result.json
 
 Devices, efficiencies and cost shape are those of testbed.toml; each device has its uniform share of the band as a link of
-its own, both directions at its rate. The rows of the model stand for wider ones, so rates are divided by as much as the
+its own, both directions at its rate. With --bandwidth each link carries what the device makes of the whole band, and base
+station and devices divide it: they pace what they send (`wdmoe-bs run --bandwidth`). The rows of the model stand for wider ones, so rates are divided by as much as the
 cost shape is wider. Computing is emulated by the device processes, and so are delay and jitter, which htb has none of.
 Wall time: others on the machine disturb it.
 """
@@ -47,9 +48,16 @@ NO_BYTES_MHZ = 1e9  # of the emulated link that adds the delay: its bytes take n
 ROW_WIDTH = {"tiny": 32, "smollm2-moe": 576}  # of the models that --plan knows without exporting them
 
 
-def limited_links(testbed: Testbed, efficiency: str, row_width: int) -> list[LimitedLink]:
-    """Return each device's uniform share of the band, scaled so that a row of the model takes as long as a charged one."""
-    scale = row_width / testbed.shape.d_model / len(testbed.devices)
+def limited_links(testbed: Testbed, efficiency: str, row_width: int, whole: bool = False) -> list[LimitedLink]:
+    """Return each device's uniform share of the band, scaled so that a row of the model takes as long as a charged one.
+
+    Args:
+        testbed: has the band.
+        efficiency: which of its efficiencies.
+        row_width: of the model.
+        whole: give each device what it would make of the whole band instead.
+    """
+    scale = row_width / testbed.shape.d_model / (1 if whole else len(testbed.devices))
     rates = [testbed.bandwidth_mhz * e * scale for e in testbed.efficiencies[efficiency]]
     return [LimitedLink(number, rate, rate) for number, rate in enumerate(rates)]
 
@@ -64,16 +72,34 @@ def device_line(testbed: Testbed, bundle: Path, link: LimitedLink, jitter_ms: fl
 
 
 def station_line(
-    testbed: Testbed, bundle: Path, where: tuple[str, Path | None], rows: int, policies: Sequence[str], out: Path
+    testbed: Testbed,
+    bundle: Path,
+    where: tuple[str, Path | None],
+    rows: int,
+    policies: Sequence[str],
+    out: Path,
+    band: Sequence[str] = (),
 ) -> list[str]:
-    """Return the command of the base station."""
+    """Return the command of the base station; `band`: see `band_options`."""
     dataset, data_dir = where
     options = ["--bundle", bundle / "bs", "--listen", f"tcp://0.0.0.0:{PORT}", "--insecure", "--wire", testbed.wire]
-    options += ["--dataset", dataset, "--limit", rows, "--json", out]
+    options += ["--dataset", dataset, "--limit", rows, "--json", out, *band]
     options += ["--data-dir", data_dir] if data_dir is not None else []
     for policy in policies:
         options += ["--policy", policy]
     return inside(STATION, command("wdmoe-bs", "run", *options))
+
+
+def band_options(testbed: Testbed, efficiency: str, bandwidth: str | None, links: Sequence[LimitedLink]) -> list[str]:
+    """Return what the base station is told of its links, and how it divides their band, unless they are divided already."""
+    rates = ["--link", ",".join(f"radio:mhz={link.down_mbps:.6g}:efficiency=1" for link in links)]
+    if bandwidth is None:
+        return rates
+    return [
+        *rates,
+        "--bandwidth",
+        ",".join(map(str, testbed.static_shares[efficiency])) if bandwidth == "static" else bandwidth,
+    ]
 
 
 def run(
@@ -84,6 +110,7 @@ def run(
     rows: int,
     policies: Sequence[str],
     jitter_ms: float,
+    band: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run the devices and the base station over links that are built; return the result of `wdmoe-bs run`."""
     devices: list[subprocess.Popen[bytes]] = []
@@ -95,7 +122,7 @@ def run(
                     line = device_line(testbed, bundle, link, jitter_ms)
                     devices.append(subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=out, stderr=out))
             result = Path(scratch) / "result.json"
-            line = station_line(testbed, bundle, where, rows, policies, result)
+            line = station_line(testbed, bundle, where, rows, policies, result, band)
             done = subprocess.run(line, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
             if done.returncode != 0:
                 ends = [f"{log.stem}: {log.read_text()[-300:].strip()}" for log in logs]
@@ -114,7 +141,7 @@ def rate_entry(link: LimitedLink, rates: tuple[Rate, Rate]) -> dict[str, Any]:
 
 
 @click.command(
-    epilog="\b\nExamples:\n  sudo scripts/testbed --json result.json\n  scripts/testbed --plan\n  sudo scripts/testbed --clean"
+    epilog="\b\nExamples:\n  sudo scripts/testbed --json result.json\n  sudo scripts/testbed --bandwidth per-block --json per-block.json\n  scripts/testbed --plan\n  sudo scripts/testbed --clean"
 )
 @click.option(
     "--json", "target", type=click.Path(dir_okay=False, allow_dash=True), help="Keep the result; - prints it."
@@ -127,6 +154,11 @@ def rate_entry(link: LimitedLink, rates: tuple[Rate, Rate]) -> dict[str, Any]:
 )
 @click.option("--model", help="Instead of the testbed's; tiny: a random one.")
 @click.option("--efficiency", default="6:4:2", show_default=True, help="Of the testbed's.")
+@click.option(
+    "--bandwidth",
+    type=click.Choice(["uniform", "static", "per-block"]),
+    help="Divide the band between links that each carry all of it.  [default: links that carry their uniform share]",
+)
 @click.option("--jitter-ms", type=click.FloatRange(min=0), default=0.0, show_default=True, help="Mean, emulated.")
 @click.option("--seconds", type=float, default=2.0, show_default=True, help="Of each transfer that checks a rate.")
 @click.option("--only-links", is_flag=True, help="Build the links, measure their rates, remove them.")
@@ -140,6 +172,7 @@ def main(
     policies: Sequence[str],
     model: str | None,
     efficiency: str,
+    bandwidth: str | None,
     jitter_ms: float,
     seconds: float,
     only_links: bool,
@@ -158,7 +191,7 @@ def main(
     if plan:
         if name not in ROW_WIDTH:
             raise click.BadParameter(f"expected {' or '.join(ROW_WIDTH)} with --plan", param_hint="--model")
-        for line in build_commands(limited_links(testbed, efficiency, ROW_WIDTH[name])):
+        for line in build_commands(limited_links(testbed, efficiency, ROW_WIDTH[name], bandwidth is not None)):
             click.echo(" ".join(line))
         return
     try:
@@ -167,7 +200,7 @@ def main(
             progress(f"removed {', '.join(removed)}" if removed else "nothing is left of a testbed")
             return
         result = measured(
-            testbed, name, efficiency, (dataset, data_dir), rows, policies, jitter_ms, seconds, only_links
+            testbed, name, efficiency, bandwidth, (dataset, data_dir), rows, policies, jitter_ms, seconds, only_links
         )
     except FileNotFoundError as error:
         raise click.ClickException(f"{error.filename or error}: not there; ip and tc come with iproute2") from error
@@ -184,6 +217,7 @@ def measured(
     testbed: Testbed,
     model: str,
     efficiency: str,
+    bandwidth: str | None,
     where: tuple[str, Path | None],
     rows: int,
     policies: Sequence[str],
@@ -194,7 +228,8 @@ def measured(
     """Build the links, check their rates, run over them, and describe it all."""
     with placed_bundle(model, testbed) as bundle:
         width = read_manifest(bundle / "bs", BsManifest).model.d_model
-        links = limited_links(testbed, efficiency, width)
+        links = limited_links(testbed, efficiency, width, bandwidth is not None)
+        band = band_options(testbed, efficiency, bandwidth, links)
         with built(links):
             rates = [measured_rates(link, seconds) for link in links]
             for link, (down, up) in zip(links, rates, strict=True):
@@ -202,7 +237,7 @@ def measured(
                     f"device-{link.device}: {down.nominal_mbps:.2f} Mbit/s asked for, "
                     f"{down.measured_mbps:.2f} down and {up.measured_mbps:.2f} up measured"
                 )
-            answered = None if only_links else run(testbed, bundle, links, where, rows, policies, jitter_ms)
+            answered = None if only_links else run(testbed, bundle, links, where, rows, policies, jitter_ms, band)
     worst = max(abs(rate.error) for pair in rates for rate in pair)
     return {
         "max_rate_error": worst,
@@ -211,6 +246,7 @@ def measured(
         "origin": "links of limited rate between network namespaces, real sockets, wall time; computing, delay and jitter "
         "are emulated",
         "efficiency": efficiency,
+        "bandwidth": bandwidth,
         "row_scale": testbed.shape.d_model / width,
         "links": [rate_entry(link, pair) for link, pair in zip(links, rates, strict=True)],
         "run": answered,

@@ -2,7 +2,7 @@
 
     python -m pip install -e '.[tensorrt-gate]'
     python scripts/bench/tensorrt_gate.py --json -
-    python scripts/bench/tensorrt_gate.py --shape 576x96 --precision fp16 --json -
+    python scripts/bench/tensorrt_gate.py --shape 576x256 --precision fp16 --json -
 
 The builder code is the one that a Jetson runs (`wdmoe.runtime.engines.tensorrt_network`); the builder is not: TensorRT's own
 libraries cannot be had without a Jetson, and TensorRT-RTX targets no Orin. Bars: every network is accepted; scratch beyond the
@@ -48,7 +48,7 @@ SHAPES = {
     "Mixtral-8x7B": ExpertShape(4096, 14336),
     "OLMoE": ExpertShape(2048, 1024),
     "Qwen3-MoE": ExpertShape(2048, 768),
-    "smollm2-moe": ExpertShape(576, 96),
+    "smollm2-moe": ExpertShape(576, 256),
 }
 PRECISIONS: tuple[Precision, ...] = ("fp16", "int8", "int4")
 PLAN_LIMIT_BYTES = 1_000_000  # of the fp16 plan

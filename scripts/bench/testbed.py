@@ -5,7 +5,8 @@
 Arms: exact and every policy, on a work-conserving shared channel and on bandwidth divided uniformly, statically and for
 each block, at two sets of spectral efficiencies; one question at a time, and, apart from it, under saturated load. The
 same rows, tries and number in flight in every arm. The best policy is the one with the largest lesser gain among those
-that reach the quality bar in every arm that counts; `policy_gain_shared` and `policy_gain_perblock` are its gains over
+that reach the quality bar in every arm that counts: perplexity and KL there, and, in the arm where its KL is worst, accuracy
+over the rows of five sets together (judged where there are 5,000 of them). `policy_gain_shared` and `policy_gain_perblock` are its gains over
 exact on the same medium, the lesser of both sets of efficiencies; `total_vs_uniform` is it with bandwidth for each block
 over exact with uniform bandwidth (the paper's 0.4575 is of that kind). The same three stand beside for wlr. All times are
 modelled: this compares policies, and validates the code and not the radio. With a FILE, finished arms are kept in
@@ -21,11 +22,12 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -38,6 +40,8 @@ import tiny
 from processes import exit_on_sigterm
 
 from scripts.bench._environment import environment, progress, write_json
+from scripts.bench._kept import Kept
+from scripts.bench._pool import pooled_accuracy, sets_at_hand
 from wdmoe.bs.airtime import latency_model
 from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.evaluation import LoadedTask, evaluate, load_task, paired_difference
@@ -74,6 +78,8 @@ class Bars(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     policy_gain_perblock: float
     perplexity_ratio: float
     divergence: float
+    pooled_points: float
+    pooled_rows: int
 
 
 class Testbed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -92,6 +98,8 @@ class Testbed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rows: int
     saturated_rows: int
     text_tokens: int
+    pool_sets: tuple[str, ...]
+    pool_rows: int
     policies: tuple[str, ...]
     media: tuple[str, ...]
     efficiencies: dict[str, tuple[float, ...]]
@@ -209,12 +217,17 @@ def saturated(station: Station, policies: Sequence[Policy], task: LoadedTask, ro
     return found
 
 
-def verdict(testbed: Testbed, alone: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]:
+def verdict(
+    testbed: Testbed,
+    alone: dict[str, dict[str, dict[str, Any]]],
+    pools: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Draw the gains and the best policy out of the arms.
 
     Args:
         testbed: with its bars.
         alone: by "efficiency, medium", by policy: `one_at_a_time`.
+        pools: pooled accuracy of those policies that it was measured for.
     """
     names = [parse_policy(policy).describe() for policy in testbed.policies]
 
@@ -247,9 +260,10 @@ def verdict(testbed: Testbed, alone: dict[str, dict[str, dict[str, Any]]]) -> di
             for arm in arms
         )
 
-    at_bar = [name for name in names if reaches(name)]
-    best = max(at_bar, key=lambda name: min(lesser(name, "shared"), lesser(name, "perblock")), default=None)
-    result: dict[str, Any] = {"best_policy": best, "at_quality_bar": at_bar}
+    at_bar = [name for name in names if reaches(name) and pools.get(name, {}).get("reached") is not False]
+    ranked = sorted(at_bar, key=lambda name: -min(lesser(name, "shared"), lesser(name, "perblock")))
+    best = ranked[0] if ranked else None
+    result: dict[str, Any] = {"best_policy": best, "at_quality_bar": at_bar, "pooled_accuracy": dict(pools)}
     for prefix, name in (("", best), ("wlr_", wlr)):
         for key, kind in (
             ("policy_gain_shared", "shared"),
@@ -267,6 +281,38 @@ def verdict(testbed: Testbed, alone: dict[str, dict[str, dict[str, Any]]]) -> di
             result["missed"].append(f"{key} of {best} is {result[key]:.3f}, expected at least {bar:g}")
     result["passed"] = not result["missed"]
     return result
+
+
+def judge_pools(
+    testbed: Testbed,
+    bundle: Path,
+    alone: dict[str, dict[str, dict[str, Any]]],
+    data_dir: Path | None,
+    jobs: int,
+    kept: Kept,
+) -> dict[str, dict[str, Any]]:
+    """Measure the pooled accuracy of the best policy; of the next one if it misses the bar, and so on."""
+    pools: dict[str, dict[str, Any]] = {}
+    if not (testbed.pool_rows and (tasks := sets_at_hand(testbed.pool_sets, data_dir))):
+        return pools
+    spelt = {parse_policy(policy).describe(): policy for policy in testbed.policies}
+    counted = [(efficiency, medium) for efficiency in testbed.efficiencies for medium in COUNTED]
+    config = StationConfig(bundle, wire=testbed.wire, threads=1)
+    while (best := verdict(testbed, alone, pools)["best_policy"]) is not None and best not in pools:
+        name = best
+        worst = max(counted, key=lambda arm: float(alone[f"{arm[0]}, {arm[1]}"][name]["divergence"]))
+        found = pooled_accuracy(
+            config, testbed.arm(*worst), spelt[best], tasks, data_dir, testbed.pool_rows, jobs, kept.parts, kept.add
+        )
+        judged = found["rows"] >= testbed.bars.pooled_rows
+        reached = found["interval_points"][0] >= testbed.bars.pooled_points
+        pools[best] = {"arm": ", ".join(worst), **found, "judged": judged, "reached": reached if judged else None}
+        low, high = found["interval_points"]
+        progress(
+            f"{best}: {found['points']:+.2f} points ({low:+.2f} to {high:+.2f}) over {found['rows']} rows of "
+            f"{len(tasks)} sets" + ("" if judged else f"; not judged under {testbed.bars.pooled_rows} rows")
+        )
+    return pools
 
 
 def fitted_shares(bundle: Path, testbed: Testbed, text: str) -> dict[str, list[float]]:
@@ -309,41 +355,20 @@ def _times(records: Sequence[Record]) -> dict[str, float]:
     return {key: getattr(summary, key) for key in (*keys, "gate_mass_dropped", "bytes_down", "bytes_up")}
 
 
-class _Kept:
-    """Arms that are done, in a file beside the result."""
-
-    def __init__(self, target: str | None, key: str) -> None:
-        self._path = None if target in (None, "-") else Path(f"{target}.unfinished")
-        self._key = key
-        self.arms: dict[str, Any] = {}
-        if self._path is not None and self._path.exists():
-            kept = json.loads(self._path.read_text())
-            if kept["key"] == key:
-                self.arms = kept["arms"]
-            else:
-                progress(f"{self._path}: of another testbed or other rows; nothing of it is used again")
-
-    def add(self, name: str, arm: Any) -> None:
-        self.arms[name] = arm
-        if self._path is not None:
-            partial = self._path.with_name(self._path.name + ".partial")
-            partial.write_text(json.dumps({"key": self._key, "arms": self.arms}))
-            partial.replace(self._path)
-
-    def remove(self) -> None:
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-
-
 @click.command()
 @click.option(
     "--json", "target", type=click.Path(dir_okay=False, allow_dash=True), help="Keep the result; - prints it."
 )
-@click.option("--data-dir", type=click.Path(path_type=Path, exists=True), help="With piqa and wikitext2; else the hub.")
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, exists=True),
+    help="With piqa, wikitext2 and what else is to be pooled; else the hub.",
+)
 @click.option("--dataset", default="piqa", show_default=True)
 @click.option("--rows", type=int, help="Of the data set, one at a time.  [default: the testbed's]")
 @click.option("--saturated-rows", type=int, help="The same under saturated load; 0 leaves it out.")
 @click.option("--text-tokens", type=int, help="Of the perplexity; 0 leaves it out, and nothing reaches the bar.")
+@click.option("--pool-rows", type=int, help="Of each set of the pooled accuracy; 0 leaves it out.")
 @click.option("--policy", "policies", multiple=True, help="Instead of the testbed's.")
 @click.option("--model", help="Instead of the testbed's; tiny: a random one.")
 @click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Arms at a time, a thread each.")
@@ -355,6 +380,7 @@ def main(
     rows: int | None,
     saturated_rows: int | None,
     text_tokens: int | None,
+    pool_rows: int | None,
     policies: Sequence[str],
     model: str | None,
     jobs: int,
@@ -363,7 +389,9 @@ def main(
     """Compare policies on the pinned testbed; exit code 1 if the best misses a bar."""
     exit_on_sigterm()
     testbed = read_testbed(CONFIG)
-    given = {"rows": rows, "saturated_rows": saturated_rows, "text_tokens": text_tokens, "model": model}
+    given = {
+        "rows": rows, "saturated_rows": saturated_rows, "text_tokens": text_tokens, "pool_rows": pool_rows, "model": model,
+    }  # fmt: skip
     changed: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     changed |= {"policies": tuple(policies)} if policies else {}
     testbed = msgspec.structs.replace(testbed, **changed)
@@ -375,16 +403,17 @@ def main(
             return
         digest = load_task(dataset, data_dir).digest(testbed.rows)
         key = hashlib.sha256(msgspec.json.encode(testbed) + digest.encode()).hexdigest()
-        kept = _Kept(target, key)
-        left = [arm for arm in arms_of(testbed) if arm.name not in kept.arms]
+        kept = Kept(target, key)
+        left = [arm for arm in arms_of(testbed) if arm.name not in kept.parts]
         for arm, found in run_arms(testbed, bundle, left, dataset, data_dir, jobs):
             kept.add(arm.name, found)
-    modes = {
-        mode: {n.partition(": ")[2]: arm for n, arm in kept.arms.items() if n.startswith(mode)}
-        for mode in ("alone", "saturated")
-    }
+        modes = {
+            mode: {n.partition(": ")[2]: arm for n, arm in kept.parts.items() if n.startswith(mode)}
+            for mode in ("alone", "saturated")
+        }
+        pools = judge_pools(testbed, bundle, modes["alone"], data_dir, jobs, kept)
     result = {
-        **verdict(testbed, modes["alone"]),
+        **verdict(testbed, modes["alone"], pools),
         "origin": "emulated devices and links in virtual time; answers are real, times are modelled",
         "changed": changed,
         "dataset": dataset,

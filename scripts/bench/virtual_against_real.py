@@ -2,7 +2,8 @@
 
     python scripts/bench/virtual_against_real.py --json -
 
-Real: three `wdmoe-device --emulate` processes on loopback, each on a third of a band, and the base station's own clock.
+Real: three `wdmoe-device --emulate` processes on loopback on one `--medium` (uniform: each on a third of the band), and the
+base station's own clock.
 Virtual: the same devices, links, rows and policy in one process; a stage is declared to take what the stages of the real
 run took on average. The bar: total latency of the rows of each policy within 10 % (`max_relative_error`). It needs a
 machine with a core to spare; where others take it (`others_cpu_share`, of each policy's real run and of all), real replies are
@@ -49,6 +50,7 @@ BAR = 0.10
 @click.option("--policy", "policies", multiple=True, help="Instead of exact, round-robin and the testbed's.")
 @click.option("--model", help="Instead of the testbed's; tiny: a random one.")
 @click.option("--efficiency", default="6:4:2", show_default=True, help="Of the testbed's.")
+@click.option("--medium", default="uniform", show_default=True, help="Of the testbed's.")
 def main(
     target: str | None,
     data_dir: Path | None,
@@ -57,6 +59,7 @@ def main(
     policies: Sequence[str],
     model: str | None,
     efficiency: str,
+    medium: str,
 ) -> None:
     """Compare virtual time with wall time; exit code 1 if a policy's total latency differs by more than the bar."""
     exit_on_sigterm()
@@ -66,7 +69,7 @@ def main(
     found: dict[str, Any] = {}
     use = CpuUse()
     with placed_bundle(model or testbed.model, testbed) as bundle:
-        arm = testbed.arm(efficiency, "uniform")
+        arm = testbed.arm(efficiency, medium)
         for name in names:
             meanwhile = CpuUse()
             real = real_records(bundle, testbed, arm, name, task, rows)
@@ -98,6 +101,7 @@ def main(
         "passed": error <= BAR,
         "origin": "emulated devices; real sockets and wall time against virtual time",
         "rows": rows,
+        "medium": medium,
         "dataset": dataset,
         "links": list(arm.links),
         "testbed": msgspec.to_builtins(testbed),
@@ -113,20 +117,19 @@ def main(
 def real_records(
     bundle: Path, testbed: Testbed, arm: VirtualConfig, policy: str, task: LoadedTask, rows: int
 ) -> list[Record]:
-    """Answer rows over device processes, each on its share of the band as a channel of its own."""
+    """Answer rows over device processes, on one channel or each on its share of the band."""
     address = free_address()
     devices = Devices()
-    assert arm.shares is not None
-    for number, (hardware, share) in enumerate(zip(arm.devices, arm.shares, strict=True)):
-        link = arm.links[number].replace(f"mhz={testbed.bandwidth_mhz:g}", f"mhz={share * testbed.bandwidth_mhz:.6g}")
+    for number, (hardware, link) in enumerate(zip(arm.devices, arm.links, strict=True)):
         options = ["--bundle", bundle / f"device-{number}", "--bs", address, "--emulate", hardware, "--link", link]
         options += ["--cost-shape", testbed.cost_shape, "--cost-precision", testbed.cost_precision]
-        options += ["--channel", bundle / f"channel-{number}"]
+        options += ["--channel", bundle / "channel"] if arm.channel == "shared" else []
         log = bundle / f"device-{number}.log"
         devices.by_name[f"device-{number}"] = DeviceProcess(f"device-{number}", command("wdmoe-device", *options), log)
     try:
         devices.keep()
-        with open_station(StationConfig(bundle, address, wire=testbed.wire), lambda text: None) as station:
+        config = StationConfig(bundle, address, wire=testbed.wire, bandwidth=arm.bandwidth)
+        with open_station(config, lambda text: None) as station:
             return answered(station, policy, task, rows)
     finally:
         stop([device.process for device in devices.by_name.values() if device.process is not None])

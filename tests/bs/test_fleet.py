@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from wdmoe.bs.fleet import GOOD_ANSWERS, MAX_GONE, PROBE_LAST_S, Fleet, Health
+from wdmoe.bs.fleet import GOOD_ANSWERS, MAX_GONE, PROBE_LAST_S, SLOW_CORRECTION, Fleet, Health
 
 
 def test_a_new_device_is_healthy() -> None:
@@ -118,3 +118,14 @@ def test_of_two_under_watch_the_one_that_answers_is_preferred() -> None:
     assert fleet.preferred(["b", "a"]) == "a"
     fleet.on_good_answer("b", 1.0)
     assert fleet.preferred(["b", "a"]) == "b"
+
+
+def test_a_device_that_stays_slow_changes_nothing_that_preferred_looks_at() -> None:
+    fleet = Fleet()
+    fleet.on_good_answer("a", SLOW_CORRECTION)
+    changes = fleet.changes
+    fleet.on_good_answer("a", SLOW_CORRECTION)
+    assert fleet.changes == changes
+    fleet.on_good_answer("a", 1.0)  # its first good answer since
+    fleet.on_good_answer("a", SLOW_CORRECTION)
+    assert fleet.changes == changes + 2

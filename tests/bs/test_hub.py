@@ -72,7 +72,10 @@ def test_who_never_answers_a_ping_holds_nobody_up_for_long(system: System) -> No
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"protocol": 3}, "speaks protocol 3, the base station 2"),
+        (
+            {"protocol": PROTOCOL_VERSION + 1},
+            f"speaks protocol {PROTOCOL_VERSION + 1}, the base station {PROTOCOL_VERSION}",
+        ),
         ({"bundle_id": "f" * 64}, "serves bundle ffffffffffff, the base station runs .* copy the device folder"),
         ({"experts": ((0,),)}, "names experts outside 2 blocks x 8 experts"),
         ({"experts": ((0,), (8,))}, "names experts outside"),

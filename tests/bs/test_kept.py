@@ -17,6 +17,7 @@ from inprocess import open_system, run_sequence
 from wdmoe.bs.cli import main
 from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.kept import choose, keep_measured, most_used, sources, usage
+from wdmoe.bs.latency import LatencyTracker
 from wdmoe.bs.microbatch import pack_sequence
 from wdmoe.bs.pipeline import Pipeline
 from wdmoe.bs.policies import Bottleneck, Exact, Policy, Wlr
@@ -59,8 +60,7 @@ def let_devices_look_slow(pipeline: Pipeline) -> None:
     """Let the base station think that it is quicker than any device, so that it takes over all it can."""
     for device in pipeline._hub.devices.values():
         points = (Point(1, 1e4, 1e4),)
-        device.latency.profile = msgspec.structs.replace(device.latency.profile, points=points)
-        device.latency._model = None
+        device.latency = LatencyTracker(msgspec.structs.replace(device.latency.profile, points=points))
 
 
 # -- which ones, and from where -------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import inprocess
@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 from inprocess import System, open_system, run_sequence
 
+from wdmoe.bs.latency import LatencyTracker
 from wdmoe.bs.microbatch import answers_of, pack_questions, pack_sequence
 from wdmoe.bs.policies import Exact, Policy, Wlr, parse_policy
 from wdmoe.bs.questions import Answer, Choice, Question
 from wdmoe.bs.records import summarise
 from wdmoe.bs.scoring import DistributedScorer
 from wdmoe.bs.stages import new_cache
+from wdmoe.profiles.device_profile import Emulated, Point
 from wdmoe.runtime.errors import DeviceFailed, DevicesMissing, DeviceTimeout
 from wdmoe.runtime.manifest import BsManifest, read_manifest
-from wdmoe.runtime.messages import ErrorReport, ExpertReply, Goodbye, Message, encode
+from wdmoe.runtime.messages import ErrorReport, ExpertReply, ExpertRequest, Frame, Goodbye, Message, decode, encode
 
 PROMPT = list(b"How does one keep bread fresh?")
 QUESTION = Question(
@@ -292,3 +294,32 @@ def test_policies_weigh_by_norms_that_a_text_gave_and_by_no_others(
     even, odd = [1.0, 1e-3] * 4, [1e-3, 1.0] * 4
     assert np.array_equal(by_norms(even), by_norms(even))
     assert not np.array_equal(by_norms(even), by_norms(odd))
+
+
+def test_on_a_channel_that_all_share_the_longest_tail_is_sent_to_first(bundle: Path) -> None:
+    sent: list[str] = []
+
+    def noted(name: str, handler: inprocess.Handler, system: System) -> inprocess.Handler:
+        def handle(frames: Sequence[Frame]) -> Iterable[Sequence[Frame]]:
+            if isinstance(decode(frames, system.manifest.model.d_model).header, ExpertRequest):
+                sent.append(name)
+            return handler(frames)
+
+        return handle
+
+    def order(shared: bool) -> list[str]:
+        sent.clear()
+        with open_system(bundle) as system:
+            for number, (name, device) in enumerate(sorted(system.hub.devices.items())):
+                emulated = Emulated("orin-nano-8gb", "wifi-6-mid", 0, 32, 64, "fp16", shared=shared)
+                points = tuple(Point(n, 4.0**number, 4.0**number) for n in (1, 512))
+                profile = msgspec.structs.replace(
+                    device.latency.profile, origin="emulated", emulated=emulated, points=points
+                )
+                device.latency = LatencyTracker(profile)
+                system.link.peers[name.encode()] = noted(name, system.link.peers[name.encode()], system)
+            run_sequence(system, PROMPT)
+        return sent[:4]
+
+    assert order(shared=True) == [f"device-{k}" for k in (3, 2, 1, 0)]
+    assert order(shared=False) == [f"device-{k}" for k in range(4)]

@@ -24,6 +24,8 @@ def test_help_shows_defaults_and_an_example() -> None:
     [
         (["--bundle", "nowhere"], 1, "no manifest.json and no device-K folders"),
         (["--bs", "10.0.0.1:5555"], 2, "expected tcp://HOST:PORT"),
+        (["--bs", "tcp://127.0.0.1:99999"], 2, "a port from 1 to 65535"),
+        (["--bs", "tcp://127.0.0.1"], 2, "expected tcp://HOST:PORT"),
         (["--threads", "0"], 2, "--threads"),
         (["--engine", "gpu"], 2, "--engine"),
         (["--surprise"], 2, "No such option"),
@@ -69,6 +71,14 @@ def test_a_slice_that_the_emulated_device_could_not_hold_is_refused(bundle: Path
     result = CliRunner().invoke(main, ["--bundle", str(bundle / "device-0"), *options])
     assert result.exit_code == 1 and "orin-nano-8gb cannot hold this slice: 4 experts" in result.output
     assert "--cost-precision int4" in result.output and "Traceback" not in result.output
+    assert "engine" not in result.output  # before any is built
+
+
+def test_a_device_that_has_not_enrolled_is_told_before_its_engines_are_built(bundle: Path, tmp_path: Path) -> None:
+    options = ["--bs", "tcp://192.0.2.1:5555", "--keys", str(tmp_path)]
+    result = CliRunner().invoke(main, ["--bundle", str(bundle / "device-0"), *options])
+    assert result.exit_code == 1 and "wdmoe-device --enrol TOKEN" in result.output
+    assert "engine" not in result.output and "measured" not in result.output
 
 
 def test_the_processes_of_a_whole_bundle_are_told_what_to_emulate() -> None:

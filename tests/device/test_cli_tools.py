@@ -94,6 +94,13 @@ def test_info_names_the_machine_and_its_engines() -> None:
         (["profile", "model", "--device", "orin-nx-8gb", "--shape", "big"], 2, "not D_MODELxD_FF"),
         (["bench", "--bundle", "nowhere"], 1, "no manifest.json and no device-K folders"),
         (["--threads", "2", "info"], 2, "--threads does not go before the command info"),
+        (
+            ["profile", "model", "--device", "orin-nx-8gb", "--shape", "64x96", "--json", "no/x.json"],
+            2,
+            "can be written to",
+        ),
+        (["bench", "--bundle", "nowhere", "--json", "no/x.json"], 2, "no folder that can be written to"),
+        (["profile", "plot", "a.json", "--out", "no/x.png"], 1, "No such file or directory"),
         (["serve"], 2, "No such command 'serve'"),
     ],
 )

@@ -36,6 +36,7 @@ from wdmoe.runtime.messages import (
     ErrorReport,
     ExpertReply,
     ExpertRequest,
+    Goodbye,
     Message,
     Ping,
     Pong,
@@ -132,6 +133,15 @@ def test_devices_on_one_channel_wait_for_each_other_and_on_a_cable_they_do_not(t
 
     assert second(True) == (4 + 2 + 1 + 10 + 1 + 1, 3, 10)
     assert second(False) == (1 + 2 + 1 + 10 + 1 + 1, 0, 10)
+
+
+def test_the_way_down_is_taken_when_a_request_comes_not_when_it_is_computed(tmp_path: Path) -> None:
+    one, other = (Emulator(wire(True), name, SharedChannel(tmp_path / "channel")) for name in "ab")
+    first, second = exchange(0, 4, 1, 10), exchange(0, 2, 1, 10)
+    sent_s = [emulator.receive(0.0, e.down_bytes) for emulator, e in ((one, first), (other, second))]
+    assert sent_s == pytest.approx([0.0, 4e-3])
+    assert decided(other, replace(second, sent_s=sent_s[1]))[0] == (4 + 2 + 1 + 10 + 1 + 1, 4, 10)
+    assert decided(one, replace(first, sent_s=sent_s[0]))[0][1:] == (0, 10)
 
 
 @pytest.fixture
@@ -300,3 +310,39 @@ def test_the_loopback_of_this_machine_takes_between_ten_microseconds_and_a_secon
     measured_ms = meter.round_trip_ms
     meter.close()
     assert 0.01 < measured_ms < 1000
+
+
+def told(message: Message, share: float, up_mbps: float | None) -> Message:
+    return Message(msgspec.structs.replace(message.header, share=share, up_mbps=up_mbps), message.rows)
+
+
+def test_replies_leave_at_the_rate_that_their_requests_tell_and_pings_at_once(service: DeviceService) -> None:
+    row_bytes, mbps, share = 2 * service.manifest.model.d_model, 0.1, 0.25
+    alone_s = 8 * row_bytes * 8e-6 / mbps
+    said = [(1.0, told(request(service, 1, 8), share, mbps)), (1.001, told(request(service, 2, 8), share, mbps))]
+    said += [(1.002, Message(Ping(9))), (4.0, request(service, 3, 8))]
+    times = heard(service, None, said)
+    assert times[1] == pytest.approx(1.0 + 3 * alone_s, abs=1e-3)  # there once the share would have carried it
+    assert times[2] == pytest.approx(1.0 + 7 * alone_s, abs=1e-3)
+    assert times["1 queue"] == pytest.approx(3 * alone_s, abs=1e-3)  # what it waited is none of the device's slowness
+    assert times["ping 9"] == pytest.approx(1.002, abs=1e-3) and times[3] == pytest.approx(4.0, abs=1e-3)
+
+
+def test_what_is_held_for_a_base_station_that_left_holds_up_nothing_for_the_next(service: DeviceService) -> None:
+    said = [(1.0, told(request(service, 1, 8), 1e-6, 1e-3)), (1.1, Message(Goodbye("done")))]
+    said += [(1.2, Message(Welcome(PROTOCOL_VERSION, 1.0))), (1.3, told(request(service, 2, 8), 0.5, 100.0))]
+    times = heard(service, None, said)
+    assert 1 not in times and times[2] == pytest.approx(1.3, abs=1e-3)
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_a_share_is_of_the_emulated_link_or_of_the_real_one_never_of_both(service: DeviceService, real: bool) -> None:
+    air = emulating(service, EmulationOptions("orin-nano-8gb", "wifi-5ghz-far"))
+    air.emulator = Emulator(wire(), "s")
+    air.row_scale, row_bytes = 1000.0, 2 * service.manifest.model.d_model  # a row is 64 ms of the emulated link
+    air.profile = msgspec.structs.replace(air.profile, points=(Point(1, 1.0, 1.0),))
+    whole = heard(service, air, [(1.0, request(service, 1, 1))])[1] - 1.0
+    mbps = row_bytes * 8e-6 / 0.2  # a row is 200 ms of the real link
+    service.clock, air.emulator = VirtualClock(), Emulator(wire(), "s")
+    divided = heard(service, air, [(1.0, told(request(service, 1, 1), 0.5, mbps if real else None))])[1] - 1.0
+    assert divided - whole == pytest.approx(0.2 if real else 2 * 0.064, abs=1e-3)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import onnxruntime
 import pytest
 import tensorrt_twin
 from click.testing import CliRunner, Result
 from tensorrt_twin import TensorRTTwin, TwinEngine, swap_plans
 from tiny import tiny_checkpoint
 
-from wdmoe.device.checking import Outcome, exit_code
+from wdmoe.device.checking import Outcome, check_table, exit_code
 from wdmoe.device.cli import main
 from wdmoe.device.loading import choose_engine, engine_names
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
@@ -102,6 +104,16 @@ def test_one_changed_weight_on_its_way_to_the_gpu_is_caught(
     assert "at expert 3 of block 1, allowed 1e-02" in said[-2]
 
 
+def test_the_identity_of_onnxruntime_holds_its_version_whatever_package_it_is_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = ("onnxruntime", "onnxruntime-cuda")
+    before = [engines.engine_identity(name) for name in names]
+    assert all(onnxruntime.__version__ in identity for identity in before)
+    monkeypatch.setattr(onnxruntime, "__version__", "99.0")
+    assert all(now != then for now, then in zip(map(engines.engine_identity, names), before, strict=True))
+
+
 def test_a_damaged_record_of_failures_is_said_and_every_engine_tried(folder: Path) -> None:
     (folder / "engines").mkdir()
     (folder / "engines" / "verdicts.json").write_text('{"failed": 3}')
@@ -160,6 +172,27 @@ def test_the_exit_code_tells_whether_a_device_can_serve(verdicts: list[str], cod
     assert exit_code(outcomes) == code
     other = Outcome("device-1", "e", None, 1, None, None, "passed over")
     assert exit_code([*outcomes, other]) == 1
+
+
+def test_the_table_keeps_engines_and_reasons_whole_at_80_columns() -> None:
+    from rich.console import Console
+
+    missing = "engine onnxruntime-cuda: no ONNX Runtime with CUDA; install it with: pip install 'wdmoe[cuda]'"
+    outcomes = [
+        Outcome(f"device-{k}", "onnxruntime-cuda", None, 64, None, None, "passed over", missing) for k in (0, 1)
+    ]
+    outcomes.append(Outcome("device-1", "tensorrt", "10.13.3.9 (fp16)", 64, 1e-3, 1e-2, "right"))
+    outcomes.append(
+        Outcome("device-1", "numpy", "2.2.6", 64, 0.3, 1e-4, "wrong", "expert 1 of block 3 is off the most")
+    )
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(check_table(outcomes))
+    lines = console.export_text().splitlines()
+    rows = [line.split() for line in lines if line.startswith("device-") and ":" not in line]
+    assert [row[1] for row in rows] == ["onnxruntime-cuda", "onnxruntime-cuda", "tensorrt", "numpy"]
+    text = " ".join(" ".join(lines).split())
+    assert f"device-0, device-1: {missing}" in text and "10.13.3.9" in text and "(fp16)" in text
+    assert "device-1: engine numpy: expert 1 of block 3 is off the most" in text
 
 
 def test_auto_is_the_ladder() -> None:

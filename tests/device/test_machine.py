@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from wdmoe.device.benching import loaded_bytes
 from wdmoe.device.info import advice, describe_machine
 from wdmoe.device.machine import Machine, hardware_name, throttling
+from wdmoe.device.profile_tables import machine_table
+from wdmoe.runtime.cuda_driver import CudaDevice
+from wdmoe.runtime.errors import EngineError
 
 ORIN = {
     "proc/device-tree/model": "NVIDIA Jetson AGX Orin Developer Kit\0",
@@ -90,6 +96,10 @@ def load_numpy_alone(name: str) -> Any:
     raise ImportError(f"No module named {name!r}")
 
 
+def no_gpu() -> CudaDevice:
+    raise EngineError("no CUDA driver")
+
+
 @pytest.mark.parametrize(
     ("release", "jetpack", "words"),
     [
@@ -101,7 +111,7 @@ def test_what_is_missing_comes_with_how_to_install_it_on_this_jetpack(
     tmp_path: Path, release: str, jetpack: str, words: str
 ) -> None:
     jetson = machine(tmp_path, nv_tegra_release=f"# {release}, GCID: 1")
-    found, libraries = describe_machine(jetson, load_numpy_alone, tmp_path)
+    found, libraries = describe_machine(jetson, load_numpy_alone, tmp_path, no_gpu)
     assert found["jetpack"] == jetpack and found["power_mode"] == "MODE_30W"
     assert [library.version for library in libraries] == ["2.0", None, None]
     assert "libnvinfer" in libraries[2].problem
@@ -114,16 +124,46 @@ def test_what_is_missing_comes_with_how_to_install_it_on_this_jetpack(
 def test_a_jetpack_that_is_too_old_and_a_venv_kept_apart_come_with_advice(tmp_path: Path) -> None:
     old = machine(tmp_path, nv_tegra_release="# R35 (release), REVISION: 4.1, GCID: 1", status="")
     (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
-    found, libraries = describe_machine(old, load_numpy_alone, tmp_path)
+    found, libraries = describe_machine(old, load_numpy_alone, tmp_path, no_gpu)
     assert found["jetpack"] == "5" and not found["system_packages"]
     lines = advice(found)
     assert "L4T 35.4.1 is not of JetPack 6 or 7" in lines[0]
     assert "--system-site-packages" in lines[1] and "power mode unknown" in lines[2]
     assert {"JetPack 6", "JetPack 7"} <= {line[:9] for line in libraries[2].install}
     (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = true\n")
-    assert describe_machine(old, load_numpy_alone, tmp_path)[0]["system_packages"]
+    assert describe_machine(old, load_numpy_alone, tmp_path, no_gpu)[0]["system_packages"]
 
 
 def test_off_a_jetson_both_jetpacks_are_told_and_no_advice_is_given(tmp_path: Path) -> None:
-    found, libraries = describe_machine(Machine(tmp_path), load_numpy_alone)
+    found, libraries = describe_machine(Machine(tmp_path), load_numpy_alone, find_gpu=no_gpu)
     assert {"JetPack 6", "JetPack 7"} <= {line[:9] for line in libraries[2].install} and advice(found) == []
+
+
+@pytest.mark.parametrize("providers", [["CPUExecutionProvider"], ["CUDAExecutionProvider", "CPUExecutionProvider"]])
+def test_off_a_jetson_a_gpu_is_named_with_whether_onnxruntime_can_use_it(tmp_path: Path, providers: list[str]) -> None:
+    def load(name: str) -> Any:
+        if name == "onnxruntime":
+            return SimpleNamespace(__version__="1.27.0", get_available_providers=lambda: providers)
+        return load_numpy_alone(name)
+
+    gpu = CudaDevice("NVIDIA H200", "9.0", 132, 150 * 10**9, False, "12.8")
+    found, libraries = describe_machine(Machine(tmp_path), load, tmp_path, lambda: gpu)
+    assert found["gpu"]["name"] == "NVIDIA H200" and found["onnxruntime_cuda"] == (len(providers) == 2)
+    assert [line for line in advice(found) if "wdmoe[cuda]" in line] == advice(found)
+    assert len(advice(found)) == 2 - len(providers)
+    out = io.StringIO()
+    Console(width=80, file=out).print(machine_table(found, libraries))
+    assert "NVIDIA H200, compute capability 9.0" in out.getvalue()
+
+
+def test_weights_that_only_the_gpu_of_a_tegra_holds_are_seen_in_the_available_memory(tmp_path: Path) -> None:
+    grown = loaded_bytes(machine(tmp_path))
+    meminfo = "MemTotal: 64349012 kB\nMemAvailable:   10000000 kB\n"
+    machine(tmp_path, meminfo=meminfo)
+    assert grown() == 50_000_000 * 1024
+    elsewhere = tmp_path / "no-tegra"
+    (elsewhere / "proc").mkdir(parents=True)
+    (elsewhere / "proc/meminfo").write_text("MemAvailable:   60000000 kB\n")
+    grown = loaded_bytes(Machine(elsewhere))
+    (elsewhere / "proc/meminfo").write_text(meminfo)
+    assert 0 <= (grown() or 0) < 10**9

@@ -101,7 +101,8 @@ def test_a_ping_is_answered_at_once(service: DeviceService) -> None:
 
 def test_another_protocol_is_refused_for_good(service: DeviceService) -> None:
     service.on_message(Message(Welcome(PROTOCOL_VERSION + 1, 1.0)))
-    assert service.refused == "the base station speaks protocol 3, this device 2"
+    there, here = PROTOCOL_VERSION + 1, PROTOCOL_VERSION
+    assert service.refused == f"the base station speaks protocol {there}, this device {here}"
     assert service.on_tick() == []
 
 

@@ -109,6 +109,8 @@ def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
 def test_a_readme_says_how_to_start_the_device(bundle: Path) -> None:
     text = (bundle / "device-3/README.md").read_text()
     assert "wdmoe-device --bundle . --bs tcp://BS_HOST:5555" in text
+    assert "--enrol TOKEN" in text and "`wdmoe-bs enrol device-3`" in text
+    assert "Engines are not\nbuilt at export" in text and "may be copied" in text
     assert "6, 7 of 8" in text
 
 
@@ -365,3 +367,6 @@ def test_clamping_is_counted_and_another_export(checkpoint: Path, tmp_path: Path
     assert losses is not None
     assert (losses.weights, losses.clamped) == (16 * 3 * 32 * 24, 2)
     assert losses.to_zero >= 1
+    assert _export(folder, tmp_path / "bundle", precision="fp16", clamp=True).already_there
+    with pytest.raises(BundleError, match="2 clamped weights, and --clamp is not given"):
+        _export(folder, tmp_path / "bundle", precision="fp16")

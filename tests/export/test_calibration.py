@@ -153,6 +153,14 @@ def test_texts_share_the_tokens_and_what_cannot_be_used_is_refused(tmp_path: Pat
         calibrate_bundle(bundle, [short])
     assert read_manifest(bundle / "bs", BsManifest) == untouched
 
+    gone = shutil.copytree(bundle, tmp_path / "gone")
+    (gone / "bs/tokenizer.json").write_text("{")
+    with pytest.raises(BundleError, match=r"tokenizer\.json: cannot be read .*copy the folder again"):
+        calibrate_bundle(gone, [_text(tmp_path)])
+    (gone / "bs/tokenizer.json").unlink()
+    with pytest.raises(BundleError, match=r"tokenizer\.json: missing; copy the folder again"):
+        calibrate_bundle(gone, [_text(tmp_path)])
+
     bare = tiny_checkpoint(tmp_path / "bare", "mixtral")
     (bare / "tokenizer.json").unlink()
     config = ExportConfig(tmp_path / "no-tokenizer")

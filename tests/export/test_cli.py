@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from tiny import tiny_checkpoint
 
 from wdmoe.export.cli import main
-from wdmoe.export.cli_common import plain_errors
+from wdmoe.export.cli_common import plain_errors, progress_lines
+from wdmoe.runtime.manifest import BsManifest, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +64,13 @@ def test_inspect_names_a_damaged_file(checkpoint: Path, tmp_path: Path) -> None:
         (["--model", "CHECKPOINT", "--devices", "9"], 2, "1 to 8"),
         (["--model", "CHECKPOINT", "--experts-per-device", "9"], 2, "1 to 8"),
         (["--model", "CHECKPOINT", "--experts-per-device", "0"], 2, "experts-per-device"),
-        (["--model", "CHECKPOINT", "inspect", "."], 2, "does not go with"),
+        (["--model", "CHECKPOINT", "inspect", "."], 2, "--model does not go before the command inspect"),
+        (["--out", "q", "--precision", "int4", "inspect", "."], 2, "--out does not go before the command inspect"),
+        (["--json", "inspect", "."], 2, "--json does not go before the command inspect"),
         (["--model", "no-such-model"], 1, "no such folder"),
         (["--model", "./no/such"], 1, "no such folder"),
         (["--model", "CHECKPOINT", "--device-memory", "16 lorries"], 2, "is not a size"),
-        (["--model", "CHECKPOINT", "--placement", "balanced", "--speeds", "1,fast"], 2, "not a list of numbers"),
+        (["--model", "CHECKPOINT", "--placement", "balanced", "--speeds", "1,fast"], 2, "neither a list of numbers"),
         (["--model", "CHECKPOINT", "--speeds", "1,2"], 2, "are for a balanced placement"),
         (["--model", "CHECKPOINT", "--placement", "no-such.json"], 1, "no-such.json: No such file"),
         (["--model", "nobody/nothing", "--dry-run"], 1, "a plan needs its config.json"),
@@ -172,3 +175,59 @@ def test_place_makes_another_placement_of_a_bundle(checkpoint: Path, tmp_path: P
     assert [len(device["experts"]) for device in json.loads(out)["devices"]] == [16, 16]
     code, _, err = _run("place", tmp_path / "bundle", "--devices", 9, "--out", tmp_path / "nine")
     assert (code, "1 to 8" in err) == (2, True)
+
+
+def test_off_a_terminal_a_line_now_and_then_says_how_far_it_is() -> None:
+    times = iter([0.0, 10.0, 31.0, 40.0, 62.0])
+    said: list[str] = []
+    advance = progress_lines("exporting", 8 * 10**9, "bytes", said.append, lambda: next(times))
+    for _ in range(4):
+        advance(10**9)
+    assert said == ["exporting: 2.00 of 8.00 GB, 65 MB/s, 93 s left", "exporting: 4.00 of 8.00 GB, 65 MB/s, 62 s left"]
+
+
+def test_hashes_are_shown_whole_at_80_columns(checkpoint: Path, tmp_path: Path) -> None:
+    _run("--model", checkpoint, "--out", tmp_path / "bundle")
+    code, out, _ = _run("inspect", tmp_path / "bundle")
+    manifest = read_manifest(tmp_path / "bundle/bs", BsManifest)
+    assert code == 0 and "…" not in out
+    assert manifest.bundle_id in "".join(out.split()) and manifest.source.checkpoint_sha256 in "".join(out.split())
+
+
+def test_place_says_what_it_does_where_nothing_is_said() -> None:
+    text = " ".join(_run("place", "--help")[1].split())
+    assert "[default: (as BUNDLE has them)" in text
+    assert "[default: (2)" in " ".join(_run("--help")[1].split())
+
+
+def test_unequal_devices_are_given_by_name_with_memory_and_speed_of_each() -> None:
+    names = "agx-orin-64gb,orin-nx-16gb,orin-nx-16gb"
+    arguments = ["--model", "mixtral", "--precision", "int8", "--dry-run", "--json", "--device-memory", names]
+    code, out, _ = _run(*arguments, "--placement", "balanced", "--speeds", names)
+    plan = json.loads(out)
+    held = [device["experts"] for device in plan["devices"]["int8"]]
+    assert (code, plan["fits"], sum(held)) == (0, True, 256)
+    assert held[0] > 1.8 * held[1] and plan["device_memory_bytes"] == [64 * 10**9, 16 * 10**9, 16 * 10**9]
+    code, out, _ = _run(*arguments, "--placement", "balanced")
+    assert (code, len(json.loads(out)["devices"]["int8"])) == (0, 3)  # as many devices as sizes of memory
+    assert "3 sizes of memory for 4 devices" in _run(*arguments, "--devices", 4)[2]
+    plan = json.loads(_run(*arguments, "--devices", 3)[1])
+    assert (plan["fits"], plan["advice"]) == (False, "use --placement balanced, which heeds the memory of each")
+
+
+def test_the_manifest_keeps_what_a_placement_was_balanced_by(checkpoint: Path, tmp_path: Path) -> None:
+    counts = [[9, 1, 1, 1, 1, 1, 1, 1]] * 2
+    (tmp_path / "counts.json").write_text(json.dumps(counts))
+    options = ["--placement", "balanced", "--counts", tmp_path / "counts.json", "--speeds", "3,1"]
+    assert _run("--model", checkpoint, *options, "--out", tmp_path / "bundle")[0] == 0
+    code, out, _ = _run("inspect", tmp_path / "bundle", "--json")
+    kept = json.loads(out)["balance"]
+    assert (code, kept["counts"], kept["speeds"]) == (0, counts, [3.0, 1.0])
+    assert kept["times"] == [[pytest.approx(1.0), pytest.approx(1.0)]] * 2
+    assert "slowest device of each block 1.00" in _run("inspect", tmp_path / "bundle")[1]
+    # Replicas keep what it was balanced by, another placement does not.
+    assert _run("place", tmp_path / "bundle", "--replicas", 8, "--out", tmp_path / "twice")[0] == 0
+    assert json.loads(_run("inspect", tmp_path / "twice", "--json")[1])["balance"]["speeds"] == [3.0, 1.0]
+    assert _run("place", tmp_path / "bundle", "--devices", 2, "--out", tmp_path / "even")[0] == 0
+    assert json.loads(_run("inspect", tmp_path / "even", "--json")[1])["balance"] is None
+    assert b"balance" not in (tmp_path / "even/bs/manifest.json").read_bytes()

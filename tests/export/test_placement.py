@@ -70,6 +70,9 @@ def test_a_placement_is_read_from_a_file(tmp_path: Path, name: str, text: str) -
     [
         ("{", "cannot be read"),
         ("[]", "expected one field"),
+        ('{"placement": 3}', "expected one field"),
+        ('{"placement": {"0": [[0]]}}', "expected one field"),
+        ('{"devices": 3}', "expected one field"),
         ('{"devices": [[0, 1, 3]]}', "expert 3 is outside the model"),
         ('{"devices": [[0, 1]]}', "expert 2 of block 0 has the devices"),
         ('{"devices": [[0, 1, 2], []]}', None),

@@ -36,7 +36,15 @@ def _plan(model: str, experts_per_device: int, memory_bytes: int | None = None, 
     spec = layout.spec
     placement = placement_of(split_per_device(spec.n_experts, experts_per_device), spec.n_blocks)
     counts = read_counts(None, spec.n_blocks, spec.n_experts)
-    return dry_run(layout, origin, options.get("precision", precision), placement, counts, (), memory_bytes)
+    return dry_run(
+        layout,
+        origin,
+        options.get("precision", precision),
+        placement,
+        counts,
+        (),
+        () if memory_bytes is None else (memory_bytes,),
+    )
 
 
 @pytest.mark.parametrize("alias", ALIASES)

@@ -67,6 +67,9 @@ def recorded_frames(bundle: Path) -> tuple[list[Frames], int]:
 
             system.link.peers[peer] = recording
         system.clock.advance(1.5)
+        paced = system.hub.devices["device-0"].latency
+        paced.state_air(0.1, 0.1)
+        paced.set_share(0.5, lasting=True)
         run_sequence(system, PROMPT)
         seen += [[bytes(frame) for frame in encode(Message(s._hello()))] for s in system.services.values()]
         d_model = system.manifest.model.d_model

@@ -21,7 +21,7 @@ def lawful(frames: Sequence[bytes], d_model: int) -> str | None:
         return None
     if not isinstance(header, dict) or not isinstance(kind := header.pop("type", None), str):
         return None
-    optional = {"request_id", "final"} if kind == "error" else set()
+    optional = _OPTIONAL.get(kind, set())
     rules = _RULES.get(kind)
     if rules is None or not set(header) <= set(rules) or not set(rules) - optional <= set(header):
         return None
@@ -41,6 +41,8 @@ def lawful(frames: Sequence[bytes], d_model: int) -> str | None:
 
 def _groups_hold(header: dict[str, Any]) -> bool:
     experts, counts, total = header["experts"], [int(n) for n in header["counts"]], int(sum(header["counts"]))
+    if header.get("share") is None and header.get("up_mbps") is not None:
+        return False
     if not experts or len(experts) != len(counts) or len(set(experts)) != len(experts):
         return False
     if len(header["index"]) != 4 * total or len(header["weights"]) != 4 * total:
@@ -82,6 +84,7 @@ def _profile(value: Any) -> bool:
 
 _index, _rows = _whole(0, 2**31 - 1), _whole(1, 8192)
 _any_int = _whole(-(2**63), 2**64)
+_OPTIONAL = {"error": {"request_id", "final"}, "request": {"share", "up_mbps"}}
 _RULES: dict[str, dict[str, Callable[[Any], bool]]] = {
     "enrol": {"protocol": _any_int, "device": _name, "secret": lambda v: isinstance(v, bytes) and len(v) == 16},
     "enrolled": {"device": _name},
@@ -93,7 +96,8 @@ _RULES: dict[str, dict[str, Callable[[Any], bool]]] = {
     "request": {
         "request_id": _index, "block": _index, "rows": _rows, "wire": lambda v: v in ("fp32", "fp16", "int8"),
         "experts": _list_of(_index), "counts": _list_of(_rows), "index": lambda v: isinstance(v, bytes),
-        "weights": lambda v: isinstance(v, bytes),
+        "weights": lambda v: isinstance(v, bytes), "share": lambda v: v is None or (_number(v) and 1e-6 <= v <= 1),
+        "up_mbps": lambda v: v is None or (_number(v) and 1e-3 <= v <= 1e6),
     },
     "reply": {
         "request_id": _index, "rows": _rows, "wire": lambda v: v in ("fp32", "fp16", "int8"), "queue_us": _index,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cuda_twin import MemoryCuda
 
-from wdmoe.runtime.cuda_driver import ALIGNMENT_BYTES, Cuda, CudaDriver
+from wdmoe.runtime.cuda_driver import ALIGNMENT_BYTES, Cuda, CudaDriver, find_device
 from wdmoe.runtime.errors import EngineError
 
 # The types are those of cuda.h. Device memory is host memory with a tag in its address, so that the two cannot be mixed up.
@@ -123,3 +123,10 @@ def test_an_error_names_the_call_and_what_the_driver_says(library: str) -> None:
 def test_a_machine_without_a_driver_is_told_so() -> None:
     with pytest.raises(EngineError, match="no CUDA driver"):
         CudaDriver("libcuda-that-is-not-there.so.1")
+
+
+def test_a_gpu_is_described_without_taking_its_context(library: str) -> None:
+    device = find_device(library)
+    assert (device.name, device.sm, device.memory_bytes, device.driver) == ("Orin", "8.7", 8 << 30, "12.6")
+    with pytest.raises(EngineError, match="no CUDA driver"):
+        find_device("libcuda-that-is-not-there.so.1")

@@ -60,6 +60,20 @@ def test_a_request_survives_encoding_with_its_rows() -> None:
     np.testing.assert_array_equal(got.rows, sent.rows)
 
 
+def test_a_request_tells_its_share_and_one_without_says_nothing_of_it() -> None:
+    assert decode(encode(request(share=0.25, up_mbps=80.5)), WIDTH).header == request(share=0.25, up_mbps=80.5).header
+    assert b"share" not in bytes(encode(request())[0])
+
+
+@pytest.mark.parametrize(
+    "number", [0.0, -0.5, 1e-9, 1e300, float("nan"), float("inf"), -float("inf"), 2**62, True, "1"]
+)
+@pytest.mark.parametrize("field", ["share", "up_mbps"])
+def test_a_share_or_a_rate_that_cannot_be_is_refused(field: str, number: object) -> None:
+    with pytest.raises(ProtocolError, match="not a message"):
+        decode(encode(request(**{"share": 0.5, field: number})), WIDTH)  # type: ignore[arg-type]
+
+
 def test_a_request_for_one_expert_survives_encoding() -> None:
     sent = request(index=[0, 2], counts=(2,), experts=(4,))
     assert decode(encode(sent), WIDTH).header == sent.header
@@ -85,6 +99,8 @@ def test_a_reply_survives_encoding_in_half_precision() -> None:
         (request(wire="fp16"), "tensor frame of 96 bytes"),
         (request(rows=3, wire="int3"), "not a message"),
         (request(block=-1), "not a message"),
+        (request(share=1.01), "not a message"),
+        (request(up_mbps=5.0), "up_mbps without a share"),
     ],
 )
 def test_a_request_that_contradicts_itself_is_refused(message: Message, complaint: str) -> None:

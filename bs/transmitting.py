@@ -1,0 +1,102 @@
+"""Who gets which share of the band in a live run, and how a request leaves on it.
+
+The shares are those of virtual time. On an emulated link the device's emulator takes the share that the request tells.
+On a real one both senders pace: the base station holds its rows until the share would have carried them, and tells the
+device at what rate to let its reply go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+from wdmoe.bs.airtime import Asked
+from wdmoe.bs.allocation import finish_together
+from wdmoe.bs.hub import Device
+from wdmoe.bs.latency import LatencyTracker
+from wdmoe.profiles.link_profile import LinkProfile
+from wdmoe.runtime.messages import LEAST_MBPS, LEAST_SHARE, MOST_MBPS, ExpertRequest
+
+Division = Literal["uniform", "per-block"] | Mapping[str, float]  # or the share of each device, by name
+
+
+@dataclass(frozen=True, slots=True)
+class LiveBand:
+    """What the base station was told of its links, and how it divides their band."""
+
+    division: Division | None = None  # None: nothing is divided
+    links: Mapping[str, LinkProfile] = field(default_factory=dict)  # by device, where the operator says what they carry
+    row_bytes: float = 0.0  # of a row as it travels
+
+    def admit(self, devices: Iterable[Device]) -> None:
+        """Tell what is known to the latency models of those that are connected now; to be called when that changes."""
+        devices = list(devices)
+        for device in devices:
+            if (link := self.links.get(device.name)) is not None:
+                device.latency.state_air(link.down_ms(self.row_bytes), link.up_ms(self.row_bytes))
+            if self.division == "uniform":
+                device.latency.set_share(1 / len(devices), lasting=True)
+            elif isinstance(self.division, Mapping):
+                # Nobody said what a stranger gets: the least.
+                share = self.division.get(device.name, min(self.division.values()))
+                device.latency.set_share(share, lasting=True)
+
+    def rateless(self, devices: Iterable[Device]) -> list[str]:
+        """Name those whose share cannot be applied, as the rates of their links are not known."""
+        return [] if self.division is None else sorted(d.name for d in devices if not all(d.latency.row_air_ms))
+
+
+def shares_of_block(asked: Sequence[Asked], in_flight: int) -> list[float]:
+    """Divide a band for one block of one of the microbatches in flight, so that all who are asked finish together.
+
+    Each microbatch has an equal part to divide: what two of them send at the same time never takes more than there is.
+    While the rate of somebody's link is not known, all get the same.
+    """
+    air_ms = [in_flight * (send + reply) for send, _, _, reply in asked]
+    if not all(air_ms):
+        return [1 / (in_flight * len(asked))] * len(asked)
+    fixed_ms = [2 * way + compute for _, way, compute, _ in asked]
+    shares, _ = finish_together(air_ms, fixed_ms)
+    return [share / in_flight for share in shares]
+
+
+@dataclass(frozen=True, slots=True)
+class Sending:
+    """How a request leaves."""
+
+    request: ExpertRequest  # told what its reply needs to know
+    leaves_s: float
+    longer_ms: float = 0.0  # what the share adds to it and its reply on the air
+    reported_ms: float = 0.0  # of that, what the reply will report as waiting
+
+
+def sending(request: ExpertRequest, row_bytes: float, device: Device, now_s: float) -> Sending:
+    """Put a request on its device's share of the band.
+
+    Args:
+        request: as it stands.
+        row_bytes: of a row of it as it travels.
+        device: whose pace is kept, if its link is a real one.
+        now_s: when it could leave.
+    """
+    latency = device.latency
+    share = max(LEAST_SHARE, latency.share)
+    down_ms, up_ms = (request.rows * ms for ms in latency.row_air_ms)
+    if share == 1 or not down_ms or not up_ms:
+        return Sending(request, now_s)
+    longer_ms = (down_ms + up_ms) * (1 / share - 1)
+    if _is_emulated(latency):
+        return Sending(msgspec.structs.replace(request, share=share), now_s, longer_ms, longer_ms)
+    up_mbps = min(MOST_MBPS, max(LEAST_MBPS, 8e-3 * request.rows * row_bytes / up_ms))
+    told = msgspec.structs.replace(request, share=share, up_mbps=up_mbps)
+    leaves_s = device.pace.leave_s(now_s, down_ms / 1e3, share)
+    return Sending(told, leaves_s, longer_ms, up_ms * (1 / share - 1))
+
+
+def _is_emulated(latency: LatencyTracker) -> bool:
+    """Say whether the device's emulator takes the share: not where the operator states what a real link carries."""
+    emulated = latency.profile.emulated
+    return emulated is not None and emulated.link is not None and latency.air_from != "operator"
