@@ -28,6 +28,7 @@ Ints = npt.NDArray[np.int64]
 Curve = tuple[tuple[int, float], ...]
 Asked = tuple[float, float, float, float]  # of one device: request on the air, one way, computing, reply on the air; ms
 FEW = 16  # expert calls, up to which plain numbers are faster than arrays
+_MANY = 64  # devices, beyond which arrays are faster in solving for one number
 
 # own: each device its link or share of the band. shared: one half-duplex channel. pooled: one band that is divided
 # anew for each block once its loads are known, see `allocation.per_block`.
@@ -180,8 +181,7 @@ def _few_makespan(load: Load, model: LatencyModel) -> BlockTime:
 def send_order(rows: Ints, compute_ms: Times, model: LatencyModel) -> Ints:
     """Order the requests on a shared channel: first to the device with the most left to do once it has its rows.
 
-    This is Jackson's rule, which would be exact if replies did not share the channel; `allocation.best_order` is
-    exact, for few devices.
+    This is Jackson's rule, which would be exact if replies did not share the channel.
     """
     tail_ms = 2 * model.way_ms + compute_ms + rows * model.up_ms
     loaded = np.flatnonzero(rows > 0)
@@ -203,6 +203,8 @@ def pooled_ms(rows: Ints, compute_ms: Times, model: LatencyModel) -> float:
 
 def pooled_root(air_ms: Sequence[float], fixed_ms: Sequence[float]) -> float:
     """Solve sum of air / (T - fixed) = 1 for T; see `pooled_ms`. A few plain numbers are faster without numpy."""
+    if len(air_ms) > _MANY:
+        return _pooled_root_of_many(np.array(air_ms), np.array(fixed_ms))
     if len(air_ms) == 2:  # a quadratic
         (air_a, air_b), (fixed_a, fixed_b) = air_ms, fixed_ms
         a_ms, b_ms = fixed_a + air_a, fixed_b + air_b
@@ -224,6 +226,21 @@ def pooled_root(air_ms: Sequence[float], fixed_ms: Sequence[float]) -> float:
         if step_ms <= 1e-13 * t_ms:
             break
     return t_ms
+
+
+def _pooled_root_of_many(air_ms: Times, fixed_ms: Times) -> float:
+    t_ms = float((fixed_ms + air_ms).max())
+    air_ms, fixed_ms = air_ms[air_ms > 0], fixed_ms[air_ms > 0]
+    while True:
+        left_ms = np.maximum(t_ms - fixed_ms, 1e-12 * t_ms)
+        shares = air_ms / left_ms
+        excess = float(shares.sum()) - 1
+        if excess <= 0:
+            return t_ms
+        step_ms = excess / float((shares / left_ms).sum())
+        t_ms += step_ms
+        if step_ms <= 1e-13 * t_ms:
+            return t_ms
 
 
 def few_finish_ms(asked: Sequence[Asked], medium: Medium) -> tuple[list[float], list[int]]:

@@ -22,6 +22,7 @@ from wdmoe.runtime.outputs import NewFile, written_whole
 if TYPE_CHECKING:
     from wdmoe.bs.policies import Policy
     from wdmoe.bs.trace import Trace
+    from wdmoe.runtime.manifest import BsManifest
 
 DEFAULTS = StationConfig()
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
@@ -169,6 +170,15 @@ def _with_options(function: AnyFunction, *options: Callable[[AnyFunction], AnyFu
     return function
 
 
+def check_policies(texts: tuple[str, ...]) -> None:
+    """Refuse policies that cannot be parsed, before it is known what `auto` stands for."""
+    from wdmoe.bs.policies import parse_policy, resolve_auto
+
+    with _bad_policy():
+        for text in texts:
+            parse_policy(resolve_auto(text, calibrated=False))
+
+
 def parse_policies(texts: tuple[str, ...], known: Path | Trace) -> list[Policy]:
     """Parse --policy, exact first; what cannot be parsed is a bad parameter. What `auto` stands for is told.
 
@@ -176,17 +186,20 @@ def parse_policies(texts: tuple[str, ...], known: Path | Trace) -> list[Policy]:
         texts: as users type them.
         known: bundle or trace whose calibration `auto` goes by.
     """
-    from wdmoe.bs.policies import AUTO, parse_policy, resolve_auto
+    from wdmoe.bs.policies import AUTO, check_budgets, parse_policy, resolve_auto
     from wdmoe.bs.policies.options import Options
 
+    check_policies(texts)
     calibrated = AUTO in texts and bool(_calibrated(known))
-    try:
-        policies = [parse_policy(resolve_auto(text, calibrated)) for text in texts]
-    except ValueError as error:
-        raise click.BadParameter(str(error), param_hint="--policy") from error
+    policies = [parse_policy(resolve_auto(text, calibrated)) for text in texts]
     for policy in policies:
         if isinstance(policy, Options) and policy.loss < math.inf and policy.importance not in _calibrated(known):
             raise click.BadParameter(policy.uncalibrated(), param_hint="--policy")  # now, not when its turn comes
+    if several := [policy for policy in policies if len(getattr(policy, "budget", ())) > 1]:
+        n_blocks = _manifest(known).model.n_blocks if isinstance(known, Path) else known.n_blocks
+        with _bad_policy():
+            for policy in several:
+                check_budgets(policy, n_blocks)
     if AUTO in texts:
         missing = (
             f"{known} is not calibrated; wdmoe-bs calibrate measures, on a text of yours, what each block loses"
@@ -198,17 +211,30 @@ def parse_policies(texts: tuple[str, ...], known: Path | Trace) -> list[Policy]:
     return sorted(policies, key=lambda policy: policy.describe() != "exact")
 
 
+@contextmanager
+def _bad_policy() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--policy") from error
+
+
 def _calibrated(known: Path | Trace) -> set[str]:
     """Return the kinds of importance that a bundle or a trace was calibrated for."""
     if not isinstance(known, Path):
         return set(known.info.sensitivity or {})
     from wdmoe.bs.sensitivity import read_sensitivity
     from wdmoe.bs.station import bs_folder
+
+    found = read_sensitivity(bs_folder(known), _manifest(known))
+    return set() if found is None else set(found.by_importance)
+
+
+def _manifest(bundle: Path) -> BsManifest:
+    from wdmoe.bs.station import bs_folder
     from wdmoe.runtime.manifest import BsManifest, read_manifest
 
-    folder = bs_folder(known)
-    found = read_sensitivity(folder, read_manifest(folder, BsManifest))
-    return set() if found is None else set(found.by_importance)
+    return read_manifest(bs_folder(bundle), BsManifest)
 
 
 @contextmanager

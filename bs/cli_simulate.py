@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from wdmoe.bs.cli_common import (
+    check_policies,
     command_line,
     json_option,
     parse_policies,
@@ -62,7 +63,7 @@ _STATIC_QUESTIONS = 20  # of the trace, whose exact loads a static division of t
     "--bandwidth",
     type=click.Choice(["uniform", "static", "per-block"]),
     default="uniform",
-    help="How orthogonal shares are divided: alike, once for all blocks, or anew for each block.",
+    help="How orthogonal shares are divided: alike, once for all blocks (needs SciPy), or anew for each block.",
 )
 @click.option(
     "--policy", "policies", multiple=True, default=("exact", "wlr"), help="As for wdmoe-bs run; auto: bottleneck."
@@ -84,10 +85,14 @@ def simulate(
     policy does to answers is not known: only how much it leaves out.
     """
     with reported_errors():
+        from wdmoe.bs.plots import require_format
         from wdmoe.bs.simulation import simulate as run_simulation
         from wdmoe.bs.tables import simulation_table
         from wdmoe.bs.trace import read_trace
 
+        check_policies(policies)
+        if plot is not None:
+            require_format("--plot", plot)
         trace = read_trace(trace_path)
         chosen = {policy.describe(): policy for policy in parse_policies(policies, trace)}
         questions = range(min(options.pop("questions") or trace.n_questions, trace.n_questions))

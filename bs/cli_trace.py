@@ -33,6 +33,7 @@ def trace(
 
         from wdmoe.bs.evaluation import evaluate, load_task
         from wdmoe.bs.experiment import load_tokenizer, max_length
+        from wdmoe.bs.importance import norms_of_text
         from wdmoe.bs.policies import Exact
         from wdmoe.bs.scoring import DistributedScorer
         from wdmoe.bs.trace import Recorder, trace_info, write_trace
@@ -63,7 +64,7 @@ def trace(
             digests = {task.dataset: task.digest(limit) for task in tasks}
             placement = np.array([[holders[0] for holders in block] for block in station.manifest.placement])
             info = trace_info(station, rows, digests)
-            recorded = recorder.trace(info, placement)
+            recorded = recorder.trace(info, placement, norms_of_text(station.manifest))
         write_trace(out, recorded)
         tokens = recorded.probabilities.shape[1]
         say(

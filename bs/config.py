@@ -64,8 +64,6 @@ class StationConfig:
             raise ValueError(f"--bs-holds is {self.bs_holds!r}, expected a number of experts, all, or none")
         if self.bs_experts not in ("auto", "none") and not (self.bs_experts.isdecimal() and int(self.bs_experts) > 0):
             raise ValueError(f"--bs-experts is {self.bs_experts!r}, expected a number of experts, auto, or none")
-        if self.bs_counts is not None and self.bs_experts == "none":
-            raise ValueError("--bs-counts says which experts --bs-experts takes; give that as well")
         for link in self.links:
             modelled_link(link)
         if self.channel == "shared" and self.bandwidth is not None:
@@ -86,7 +84,8 @@ class StationConfig:
             return tuple(float(part) for part in self.bandwidth.split(","))
         except ValueError as error:
             raise ValueError(
-                f"--bandwidth is {self.bandwidth!r}, expected uniform, per-block, or numbers like 0.2,0.3,0.5"
+                f"--bandwidth is {self.bandwidth!r}, expected uniform, per-block, or numbers like 0.2,0.3,0.5; static is for "
+                "--clock virtual"
             ) from error
 
     @property
@@ -102,7 +101,7 @@ class VirtualConfig:
     devices: tuple[str, ...]  # of `hardware_names()`, one for each device folder of the bundle, in order
     links: tuple[str, ...]  # as `modelled_link` takes them: one for all, or one for each device
     channel: Literal["shared", "orthogonal"] = "shared"  # one half-duplex channel for all, or a share for each device
-    bandwidth: str | None = None  # of orthogonal shares: uniform, per-block, or numbers like 0.2,0.3,0.5
+    bandwidth: str | None = None  # of orthogonal shares: uniform, static, per-block, or numbers like 0.2,0.3,0.5
     cost_shape: ExpertShape | None = None  # what is charged for; None: the experts of the bundle
     cost_precision: str | None = None
     stage_ms: float = 1.0  # a stage of the base station, its share of combining, routing and deciding included
@@ -125,17 +124,17 @@ class VirtualConfig:
             raise ValueError(f"--stage-ms is {self.stage_ms}, expected at least 0")
         if (
             (shares := self.shares) is not None
-            and self.bandwidth != "per-block"
+            and self.bandwidth not in ("per-block", "static")
             and (min(shares) <= 0 or sum(shares) > 1 + 1e-9)
         ):
             raise ValueError(f"--bandwidth is {self.bandwidth}: shares must be positive and sum to at most 1")
 
     @property
     def shares(self) -> tuple[float, ...] | None:
-        """The share of each device, 1 where it is divided anew for each block; None on a shared channel."""
+        """The share of each device, 1 where it is yet to be divided; None on a shared channel."""
         if self.channel == "shared":
             return None
-        if self.bandwidth == "per-block":
+        if self.bandwidth in ("per-block", "static"):
             return (1.0,) * len(self.devices)
         if self.bandwidth in (None, "uniform"):
             return (1 / len(self.devices),) * len(self.devices)
@@ -145,7 +144,7 @@ class VirtualConfig:
             shares = ()
         if len(shares) != len(self.devices):
             raise ValueError(
-                f"--bandwidth is {self.bandwidth!r}, expected uniform, per-block, or {len(self.devices)} numbers like "
+                f"--bandwidth is {self.bandwidth!r}, expected uniform, static, per-block, or {len(self.devices)} numbers like "
                 "0.2,0.3,0.5"
             )
         return shares

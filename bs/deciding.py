@@ -1,46 +1,28 @@
 """One decision: which pairs are asked for, and what each device may use of the air. Plain values in, plain values out.
 
-Selection wants to know how fast devices are, which the division of the band decides; the division wants to know the
-loads, which the selection decides. `bottleneck` knows the band as a whole (medium "pooled") and is asked once; policies
-that know a device by its row time alone start from a uniform division and may be asked again under the one that they
-led to (`rounds`); the best of all rounds is taken.
+What a run, virtual time, the simulator and the benches decide is decided here: `context_of` and `choose` select,
+`decide` also says how the air is used and how long the block should take.
+
+Selection wants to know how fast devices are, which the division of a band decides; the division wants to know the loads,
+which the selection decides. `bottleneck` knows such a band as a whole and is asked once; policies that know a device by
+its row time may be asked again under the division that they led to (their option `rounds`), and the best round is taken.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
-from wdmoe.bs.airtime import BlockTime, Ints, LatencyModel, Load, Times, load_of, makespan
-from wdmoe.bs.allocation import Radio, per_block, uniform
-from wdmoe.bs.policies import Bottleneck, Capacity, Context, Policy, Wlr, select
-from wdmoe.bs.routing import Plan, Routing
+from wdmoe.bs.airtime import BlockTime, Ints, LatencyModel, Load, Medium, Times, latency_model, load_of, makespan
+from wdmoe.bs.allocation import per_block, with_shares
+from wdmoe.bs.latency import DeviceLatency
+from wdmoe.bs.policies import Bottleneck, Capacity, Context, Policy, RoundRobin, Sensitivity, Wlr, select
+from wdmoe.bs.policies.exact import select_exact
+from wdmoe.bs.routing import Bools, Floats, Plan, Routing, softmax
 
-Division = Literal["uniform", "per-block", "shared"]
-
-
-@dataclass(frozen=True, slots=True)
-class Band:
-    """Devices on one radio, made ready once for many decisions; see `make_band`."""
-
-    devices: LatencyModel
-    radio: Radio
-    uniform: LatencyModel  # on equal shares
-    shared: LatencyModel
-    pooled: LatencyModel
-
-
-def make_band(devices: LatencyModel, radio: Radio) -> Band:
-    """Put devices on a radio.
-
-    Args:
-        devices: what they compute; their links do not matter.
-        radio: says how fast their links are.
-    """
-    equal = radio.model(devices, uniform(radio))
-    return Band(devices, radio, equal, radio.whole(devices, "shared"), radio.whole(devices, "pooled"))
+_NO_TIMES: Times = np.empty(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,55 +32,118 @@ class Decision:
     plan: Plan
     load: Load
     block: BlockTime  # with the order of requests on a shared channel
-    shares_hz: Times | None  # [K]; None on a shared channel
+    shares: Times | None  # [K], of a band that is divided for this block; else None
 
 
-def decide(
-    routing: Routing,
-    owner: Ints,
+def knows_times(policy: Policy) -> bool:
+    """Whether a policy looks at how fast devices are."""
+    return isinstance(policy, Wlr | Capacity | Bottleneck)
+
+
+def asks_replicas(policy: Policy) -> bool:
+    """Whether a policy asks others than the device that is preferred for an expert."""
+    return isinstance(policy, RoundRobin | Bottleneck)
+
+
+def reads_probabilities(policy: Policy) -> bool:
+    """Whether a policy looks at what the router said of experts that it did not choose."""
+    return isinstance(policy, Capacity) and policy.overflow == "next"
+
+
+def context_of(
     policy: Policy,
-    band: Band,
-    division: Division | Times,
-    context: Context,
-    rounds: int = 1,
-) -> Decision:
-    """Select and allocate for one block.
+    block: int,
+    routing: Routing,
+    router_logits: Floats,
+    latencies: Sequence[DeviceLatency],
+    medium: Medium,
+    *,
+    norms: Floats | None = None,
+    holders: Bools | None = None,
+    sensitivity: dict[str, Sensitivity] | None = None,
+) -> Context:
+    """Say what a policy may know of a block in a run; what it does not look at is not worked out.
+
+    Args:
+        policy: that is to be asked.
+        block: number of it.
+        routing: the model's own choice.
+        router_logits: [tokens, n_experts].
+        latencies: of the devices.
+        medium: what their links are.
+        norms: [n_experts].
+        holders: [n_experts, n_devices].
+        sensitivity: of the block.
+    """
+    return Context(
+        block,
+        latency_model(latencies, len(routing.experts), medium=medium) if knows_times(policy) else None,
+        norms,
+        holders,
+        softmax(router_logits) if reads_probabilities(policy) else None,
+        sensitivity,
+    )
+
+
+def choose(routing: Routing, owner: Ints, policy: Policy, context: Context) -> Plan:
+    """Select for one block.
 
     Args:
         routing: the model's own choice.
-        owner: [n_experts], the device of each expert.
+        owner: [n_experts], the device that is preferred for each expert.
         policy: what to do.
-        band: the devices and their radio.
-        division: how the band is divided, or a fixed division such as `allocation.static` gives, [K] Hz.
-        context: what else is known of the block; its model is not read.
-        rounds: how often selection and a division per block may take turns.
+        context: what is known of the block; its model is needed where the policy looks at times.
     """
-    if isinstance(division, str) and division == "shared":
-        plan, load = _select(routing, owner, policy, band.shared, context)
-        return Decision(plan, load, makespan(load, band.shared), None)
-    radio, devices = band.radio, band.devices
-    if not isinstance(division, str) or division == "uniform":
-        shares_hz = uniform(radio) if isinstance(division, str) else division
-        model = band.uniform if isinstance(division, str) else radio.model(devices, shares_hz)
-        plan, load = _select(routing, owner, policy, model, context)
-        return Decision(plan, load, makespan(load, model), shares_hz)
-    if isinstance(policy, Bottleneck) and radio.rate == "linear":
-        return _divided(*_select(routing, owner, policy, band.pooled, context), devices, radio)
-    if not isinstance(policy, (Wlr, Capacity, Bottleneck)):
-        return _divided(*_select(routing, owner, policy, devices, context), devices, radio)  # they know no times
-    model, best = band.uniform, None
-    for turn in range(rounds):
-        plan, load = _select(routing, owner, policy, model, context)
-        found = _divided(plan, load, devices, radio)
-        if best is None or found.block.total_ms < best.block.total_ms:
-            best = found
-        if turn < rounds - 1 and found.shares_hz is not None:
-            # A device that is asked for nothing now has no share; it is known by the smallest one.
-            least_hz = found.shares_hz[load.rows > 0].min()
-            model = radio.model(devices, np.where(load.rows > 0, found.shares_hz, least_hz))
-    if best is None:
-        raise ValueError(f"{rounds} rounds, expected at least 1")
+    model = context.model
+    if model is None or not isinstance(policy, Wlr | Capacity):
+        return select(routing, owner, _NO_TIMES, policy, context)
+    best = plan = select(routing, owner, row_times(routing, owner, model), policy, context)
+    if policy.rounds == 1 or model.medium != "pooled" or len(routing.experts) == 1:
+        return best
+    shares, best_ms = per_block(load_of_plan(plan, routing, owner, model.n_devices), model)
+    for _ in range(policy.rounds - 1):
+        # A device that is asked for nothing now has no share; it is known by the smallest one.
+        shares = np.where(shares > 0, shares, shares[shares > 0].min(initial=1.0))
+        before, times_ms = plan, row_times(routing, owner, with_shares(model, shares))
+        plan = select(routing, owner, times_ms, policy, context)
+        if np.array_equal(plan.keep, before.keep):
+            break
+        shares, total_ms = per_block(load_of_plan(plan, routing, owner, model.n_devices), model)
+        if total_ms < best_ms:
+            best, best_ms = plan, total_ms
     return best
+
+
+def decide(routing: Routing, owner: Ints, policy: Policy, context: Context, model: LatencyModel) -> Decision:
+    """Select for one block, and say how the air is used and how long it takes.
+
+    Args:
+        routing: the model's own choice.
+        owner: [n_experts], the device that is preferred for each expert.
+        policy: what to do.
+        context: see `choose`.
+        model: of the devices, on the medium that counts.
+    """
+    plan = choose(routing, owner, policy, context)
+    load = load_of_plan(plan, routing, owner, model.n_devices)
+    if model.medium != "pooled":
+        return Decision(plan, load, makespan(load, model), None)
+    shares, total_ms = per_block(load, model)
+    finish_ms: Times = (load.rows > 0) * np.float64(total_ms)
+    return Decision(plan, load, BlockTime(total_ms, finish_ms), shares)
+
+
+def load_of_plan(plan: Plan, routing: Routing, owner: Ints, n_devices: int) -> Load:
+    """Count what a plan asks of each device."""
+    experts = routing.experts if plan.experts is None else plan.experts
+    asked = owner[experts] if plan.devices is None else plan.devices
+    return load_of(experts, plan.keep, asked, len(owner), n_devices)
+
+
+def pairs_of_model(plan: Plan, routing: Routing, owner: Ints, n_devices: int) -> int:
+    """Count the pairs of the model's own choice, asked of whom the plan asks: with nothing left out, or other experts taken."""
+    everything = replace(select_exact(routing), devices=plan.devices)
+    return int(load_of_plan(everything, routing, owner, n_devices).rows.sum())
 
 
 def row_times(routing: Routing, owner: Ints, model: LatencyModel) -> Times:
@@ -126,17 +171,3 @@ def row_times(routing: Routing, owner: Ints, model: LatencyModel) -> Times:
         rows = np.where(idle, 1.0, rows)
     result = (2 * model.way_ms + calls_ms) / rows + model.staging_ms + model.row_air_ms
     return result
-
-
-def _select(routing: Routing, owner: Ints, policy: Policy, model: LatencyModel, context: Context) -> tuple[Plan, Load]:
-    times = row_times(routing, owner, model) if isinstance(policy, (Wlr, Capacity)) else model.way_ms
-    plan = select(routing, owner, times, policy, replace(context, model=model))
-    experts = routing.experts if plan.experts is None else plan.experts
-    asked = owner[experts] if plan.devices is None else plan.devices
-    return plan, load_of(experts, plan.keep, asked, len(owner), model.n_devices)
-
-
-def _divided(plan: Plan, load: Load, devices: LatencyModel, radio: Radio) -> Decision:
-    allocation = per_block(load, devices, radio)
-    finish_ms: Times = (load.rows > 0) * np.float64(allocation.total_ms)
-    return Decision(plan, load, BlockTime(allocation.total_ms, finish_ms), allocation.shares_hz)

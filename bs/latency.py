@@ -8,9 +8,6 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
-
 from wdmoe.profiles.device_profile import DeviceProfile, interpolate
 
 _WINDOW = 33  # measurements the correction is the median of: robust, and quick to follow a change
@@ -40,26 +37,6 @@ class DeviceLatency:
         compute_ms = sum(interpolate(self.curve, count) for count in counts)
         rows_ms = (self.row_link_ms + self.staging_ms) * (sum(counts) if rows is None else rows)
         return (self.round_trip_ms + rows_ms + compute_ms) * self.correction
-
-
-def row_ms(
-    devices: Sequence[DeviceLatency], expert_counts: npt.NDArray[np.int64], owner: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
-    """Predict the time of one row on each device, at the load that the model's own top-k puts on it.
-
-    Args:
-        devices: latency model of each device.
-        expert_counts: [n_experts], tokens that want each expert.
-        owner: [n_experts], device of each expert.
-
-    Returns:
-        [n_devices] milliseconds; of an idle device, the time of a single row.
-    """
-    result = np.empty(len(devices))
-    for k, device in enumerate(devices):
-        counts = [int(n) for n in expert_counts[owner == k] if n > 0] or [1]
-        result[k] = device.request_ms(counts) / sum(counts)
-    return result
 
 
 @dataclass(slots=True)

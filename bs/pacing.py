@@ -15,7 +15,10 @@ from wdmoe.bs.airtime import Medium, few_finish_ms
 
 MOST = 16  # whatever a model says
 STAGES_BUSY = "stages"
-_SPARE = 1  # blocks differ, replies jitter: without one more the busiest would now and then wait for the next
+_WORTH = 1.1  # of throughput that a second one can gain, from which it is worth that both take longer
+_SLACK = (
+    1 / 3
+)  # beyond what is needed, one at most: blocks differ, replies jitter, and the busiest would wait for the next
 _KEPT = 1 - 1 / 128  # of what is known, at each block: follows a change within some microbatches
 
 
@@ -57,16 +60,18 @@ def cost_of_block(stage_ms: float, requests: Sequence[Request], medium: Medium =
 
 
 def enough_in_flight(alone_ms: float, busiest_ms: float) -> int:
-    """Return how many microbatches let the busiest resource never be idle, with one to spare where there are several.
+    """Return how many microbatches let the busiest resource never be idle, with one to spare where they just suffice.
+
+    One alone leaves the busiest idle for 1 - busiest / alone of the time: where that is little, one it stays.
 
     Args:
         alone_ms: one microbatch with nobody else in the system.
         busiest_ms: what it takes of the resource that works for it longest.
     """
-    if busiest_ms <= 0:
+    if busiest_ms <= 0 or alone_ms < _WORTH * busiest_ms:
         return 1
-    needed = math.ceil(alone_ms / busiest_ms - 1e-9)
-    return min(MOST, needed + _SPARE) if needed > 1 else 1
+    needed = alone_ms / busiest_ms
+    return min(MOST, math.ceil(needed + min(1.0, _SLACK * needed) - 1e-9))
 
 
 @dataclass(slots=True)

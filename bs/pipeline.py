@@ -17,19 +17,21 @@ import numpy as np
 
 from wdmoe.bs.airtime import Medium, few_finish_ms, latency_model
 from wdmoe.bs.config import InFlight
+from wdmoe.bs.deciding import asks_replicas, choose, context_of, knows_times, pairs_of_model
 from wdmoe.bs.dispatch import Shipment, relative_error, shipments_of
 from wdmoe.bs.fleet import BS_HOLDS, NOBODY
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
 from wdmoe.bs.importance import norms_of_text
-from wdmoe.bs.latency import DeviceLatency, row_ms
+from wdmoe.bs.latency import DeviceLatency
 from wdmoe.bs.microbatch import Microbatch, Result
 from wdmoe.bs.offload import take_over
 from wdmoe.bs.pacing import STAGES_BUSY, Cost, Pacing, Request, cost_of_block
-from wdmoe.bs.policies import Context, Exact, Policy, RoundRobin, select
+from wdmoe.bs.policies import Exact, Policy, RoundRobin, check_budgets
+from wdmoe.bs.policies.exact import select_exact
 from wdmoe.bs.records import BlockRecord, Record
 from wdmoe.bs.requests import Requests, Want, lost_share
-from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing, pairs_used, route
+from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing
 from wdmoe.bs.sensitivity import SensitivityFile
 from wdmoe.bs.stages import OnStation, StationStages
 from wdmoe.bs.tracing import LOOP, STAGES, WAITS, Trace
@@ -189,7 +191,9 @@ class Pipeline:
 
         Raises:
             DeviceTimeout, DeviceFailed, DevicesMissing: a device that is needed is lost; the others are left usable.
+            ValueError: the policy asks for what is not known of this model.
         """
+        check_budgets(policy, self._model.n_blocks)
         self._in_flight = 1 if in_flight == "auto" else in_flight
         self._paced = in_flight == "auto"
         self._recover(policy)
@@ -413,7 +417,7 @@ class Pipeline:
         block, residual = flight.block, flight.residual
         last = block == self._model.n_blocks  # with the head: another thing than the steps before it
         workers = _NO_WORKERS if last else self._workers(block, policy)
-        timeless = last or (isinstance(policy, Exact) and workers.kept is None)
+        timeless = last or (not knows_times(policy) and workers.kept is None)
         latencies = () if timeless else self._latencies(workers, flight.shared_ms)
         short = not last and self._is_short(flight.step_ms)
         self._worker.submit(
@@ -453,8 +457,8 @@ class Pipeline:
         return self._skip_lost and not isinstance(policy, Exact)
 
     def _workers(self, block: int, policy: Policy) -> Workers:
-        """Say who runs which expert of a block now; for a policy that deals rows out, all who may."""
-        may_skip, deals = self._may_skip(policy), isinstance(policy, RoundRobin)
+        """Say who runs which expert of a block now; for a policy that asks others as well, all who may."""
+        may_skip, deals = self._may_skip(policy), asks_replicas(policy)
         now_at = (self._hub.changes, self.requests.fleet.changes)
         if now_at != self._known_at:
             self._known_workers, self._known_at = {}, now_at
@@ -543,7 +547,7 @@ class Pipeline:
         sent = pairs = sum(len(shipment.rows) for shipment in shipments)
         gate_mass_dropped = 0.0
         if not isinstance(policy, _LOSSLESS):
-            pairs = int(pairs_used(routing.experts, np.ones_like(plan.keep), owner, len(workers.names)).sum())
+            pairs = pairs_of_model(plan, routing, owner, len(workers.names))
             gate_mass_dropped = plan.dropped_mass(routing)
         record = BlockRecord(
             pairs=pairs,
@@ -578,18 +582,20 @@ class Pipeline:
         latencies: tuple[DeviceLatency, ...],
         policy: Policy,
     ) -> Plan:
-        if isinstance(policy, Exact):  # it looks at no latency, and what would tell it any takes as long as routing
-            return select(routing, owner, np.empty(0), policy)
-        counts = np.bincount(routing.experts.ravel(), minlength=self._model.n_experts)
-        context = Context(
+        if isinstance(policy, Exact):  # for one token, a context for nothing takes as long as the plan
+            return select_exact(routing)
+        context = context_of(
+            policy,
             block,
-            latency_model(latencies, len(routing.experts), medium=self._medium),
+            routing,
+            router_logits,
+            latencies,
+            self._medium,
             norms=None if self._norms is None else self._norms[block],
             holders=holders,
             sensitivity=None if self.sensitivity is None else self.sensitivity.of_block(block),
-            probabilities=route(router_logits, self._model.n_experts, normalise=False).by_expert(),
         )
-        return select(routing, owner, row_ms(latencies, counts, owner), policy, context)
+        return choose(routing, owner, policy, context)
 
 
 def _track() -> str:

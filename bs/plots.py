@@ -29,6 +29,21 @@ def require_matplotlib(option: str) -> None:
         raise WdmoeError(f"{option} needs matplotlib ({error}): pip install 'wdmoe[plots]'") from error
 
 
+def require_format(option: str, path: Path) -> None:
+    """Refuse a plot whose ending matplotlib cannot write.
+
+    Raises:
+        ValueError: says which endings there are.
+        WdmoeError: matplotlib is not installed.
+    """
+    require_matplotlib(option)
+    from matplotlib.figure import Figure
+
+    known = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix.lstrip(".").lower() not in known:
+        raise ValueError(f"{option} {path}: the ending decides the format, expected one of .{', .'.join(known)}")
+
+
 @contextmanager
 def style(ink: str = "black") -> Iterator[None]:
     """Draw in the style of this project: no frame above and to the right, names as they are and not as formulas."""

@@ -19,12 +19,6 @@ class Routing:
     experts: Ints  # [tokens, k], descending in weight
     weights: Floats  # [tokens, k], as the model would use them
 
-    def by_expert(self) -> Floats:
-        """Return the weights where their experts are: [tokens, n_experts]; for a routing of all experts."""
-        whole = np.empty_like(self.weights)
-        np.put_along_axis(whole, self.experts, self.weights, axis=1)
-        return whole
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -53,13 +47,19 @@ def route(router_logits: Floats, top_k: int, normalise: bool) -> Routing:
     """
     if len(router_logits) == 1:
         return _route_row(router_logits[0], top_k, normalise)
-    shifted = np.exp(router_logits - router_logits.max(axis=1, keepdims=True))
-    probabilities = shifted / shifted.sum(axis=1, keepdims=True)
+    probabilities = softmax(router_logits)
     experts = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
     weights = probabilities[np.arange(len(experts))[:, None], experts]  # take_along_axis takes twice as long
     if normalise:
         weights = weights / weights.sum(axis=1, keepdims=True)
     return Routing(experts, weights)
+
+
+def softmax(router_logits: Floats) -> Floats:
+    """Return the router's probabilities over all experts, [tokens, n_experts]."""
+    shifted = np.exp(router_logits - router_logits.max(axis=1, keepdims=True))
+    probabilities: Floats = shifted / shifted.sum(axis=1, keepdims=True)
+    return probabilities
 
 
 def _route_row(router_logits: Floats, top_k: int, normalise: bool) -> Routing:

@@ -7,20 +7,34 @@ on the medium. All that comes out is modelled; nothing is measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from wdmoe.bs.airtime import LatencyModel, load_of, makespan
-from wdmoe.bs.deciding import row_times
-from wdmoe.bs.policies import Capacity, Context, Policy, select
+from wdmoe.bs.airtime import LatencyModel, Times
+from wdmoe.bs.allocation import parts_ms, uniform, with_shares
+from wdmoe.bs.allocation import static as static_shares
+from wdmoe.bs.deciding import decide, load_of_plan, pairs_of_model, reads_probabilities
+from wdmoe.bs.policies import Context, Policy, check_budgets
+from wdmoe.bs.policies.exact import Replicas, select_exact
 from wdmoe.bs.radio import Cell
-from wdmoe.bs.routing import Bools, Floats, Ints, Routing
+from wdmoe.bs.routing import Bools, Ints, Routing
 from wdmoe.bs.trace import Trace
 
-Times = npt.NDArray[np.float64]
+__all__ = [
+    "BANDWIDTHS",
+    "Bandwidth",
+    "Replicas",
+    "Simulated",
+    "Site",
+    "block_loads",
+    "holders_of",
+    "preferred",
+    "simulate",
+    "spread",
+    "static_shares",
+]
 Bandwidth = Literal["shared", "uniform", "static", "per-block"]
 BANDWIDTHS: tuple[Bandwidth, ...] = ("shared", "uniform", "static", "per-block")
 
@@ -56,49 +70,7 @@ class Site:
             model = model.with_rates(self.row_bits / (down * bits_per_ms), self.row_bits / (up * bits_per_ms))
         if self.bandwidth in ("shared", "per-block"):
             return model.with_rates(model.down_ms, model.up_ms, "shared" if self.bandwidth == "shared" else "pooled")
-        shares = self.shares if self.shares is not None else 1 / model.n_devices
-        return model.with_rates(model.down_ms / shares, model.up_ms / shares, "own")
-
-
-@dataclass(frozen=True, slots=True)
-class Replicas:
-    """The (expert, device) pairs of one block, numbered: to a policy each is an expert of its own."""
-
-    device: Ints  # [V], of each pair, those of an expert side by side
-    first: Ints  # [n_experts], number of its first pair
-    count: Ints  # [n_experts]
-
-    @classmethod
-    def of(cls, holders: Bools) -> Replicas:
-        """Number the pairs of `holders` [n_experts, K]."""
-        _, device = np.nonzero(holders)
-        count = holders.sum(axis=1)
-        return cls(device, np.cumsum(count) - count, count)
-
-    def deal(self, experts: Ints) -> Ints:
-        """Deal the rows of each expert to its holders in turn: experts [tokens, k] -> pairs [tokens, k]."""
-        if len(self.device) == len(self.count):
-            return experts
-        flat = experts.ravel()
-        order = np.argsort(flat, kind="stable")
-        counts = np.bincount(flat, minlength=len(self.count))
-        turn = np.empty(len(flat), np.int64)
-        turn[order] = np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts)
-        return (self.first[flat] + turn % self.count[flat]).reshape(experts.shape)
-
-    def spread(self, probabilities: Floats, routing: Routing, dealt: Routing) -> Floats:
-        """Turn probabilities of experts [tokens, n_experts] into those of pairs [tokens, V].
-
-        Each expert is offered to a token by one of its holders alone: where it was chosen by the one it was dealt to.
-        """
-        if len(self.device) == len(self.count):
-            return probabilities
-        turn = np.arange(len(probabilities))[:, None]
-        offered = self.first + turn % self.count
-        np.put_along_axis(offered, routing.experts, dealt.experts, axis=1)
-        whole = np.zeros((len(probabilities), len(self.device)), np.float32)
-        np.put_along_axis(whole, offered, probabilities, axis=1)
-        return whole
+        return with_shares(model, uniform(model.n_devices) if self.shares is None else self.shares)
 
 
 @dataclass(slots=True)
@@ -154,16 +126,21 @@ def simulate(
             f"{trace.n_blocks} of {trace.n_experts}"
         )
     result = Simulated(policy.describe())
-    replicas = [Replicas.of(holders) for holders in site.holders]
+    check_budgets(policy, trace.n_blocks)
+    owners = [preferred(holders) for holders in site.holders]
     for question in range(trace.n_questions) if questions is None else questions:
         waiting_ms = 0.0
         for block in range(trace.n_blocks):
             routing = trace.routing(block, question)
-            probabilities = trace.probabilities[block, trace.starts[question] : trace.starts[question + 1]]
             context = Context(
-                block, site.now(), probabilities=probabilities.astype(np.float32), sensitivity=trace.sensitivity(block)
+                block,
+                site.now(),
+                norms=None if trace.norms is None else trace.norms[block],
+                holders=site.holders[block],
+                probabilities=trace.probabilities_of(block, question) if reads_probabilities(policy) else None,
+                sensitivity=trace.sensitivity(block),
             )
-            block_ms = _block_ms(routing, replicas[block], context, policy, result)
+            block_ms = _block_ms(routing, owners[block], context, policy, result)
             waiting_ms += block_ms
             if site.cell is not None:
                 site.cell.pass_time((block_ms + site.stage_ms) / 1e3)
@@ -174,25 +151,33 @@ def simulate(
     return result
 
 
-def _block_ms(routing: Routing, replicas: Replicas, context: Context, policy: Policy, result: Simulated) -> float:
+def _block_ms(routing: Routing, owner: Ints, context: Context, policy: Policy, result: Simulated) -> float:
     model = context.model
     assert model is not None
-    dealt = Routing(replicas.deal(routing.experts), routing.weights)
-    if isinstance(policy, Capacity) and context.probabilities is not None:  # alone reads them
-        context = replace(context, probabilities=replicas.spread(context.probabilities, routing, dealt))
-    devices, everything = replicas.device[dealt.experts], np.ones(dealt.experts.shape, np.bool_)
-    n_pairs, n_devices = len(replicas.device), model.n_devices
-    before = load_of(dealt.experts, everything, devices, n_pairs, n_devices)
-    plan = select(dealt, replicas.device, row_times(dealt, replicas.device, model), policy, context)
-    asked = dealt.experts if plan.experts is None else plan.experts
-    devices = replicas.device[asked] if plan.devices is None else plan.devices
-    after = load_of(asked, plan.keep, devices, n_pairs, n_devices)
-    result.pairs += int(before.rows.sum())
-    result.droppable += int(before.rows.sum()) - len(devices)
-    result.sent += int(after.rows.sum())
+    decision = decide(routing, owner, policy, context, model)
+    pairs = pairs_of_model(decision.plan, routing, owner, model.n_devices)
+    result.pairs += pairs
+    result.droppable += pairs - len(routing.experts)
+    result.sent += int(decision.load.rows.sum())
     result.gate_mass += float(routing.weights.sum())
-    result.gate_mass_dropped += plan.dropped_mass(dealt)
-    return makespan(after, model).total_ms
+    result.gate_mass_dropped += decision.plan.dropped_mass(routing)
+    return decision.block.total_ms
+
+
+def preferred(holders: Bools) -> Ints:
+    """Choose the device that each expert of a block is asked of where its rows are not dealt out: [n_experts].
+
+    One expert after another goes to the holder that is preferred for the fewest so far, of equals the first.
+
+    Args:
+        holders: [n_experts, K].
+    """
+    owned, owner = np.zeros(holders.shape[1], np.int64), np.empty(len(holders), np.int64)
+    for expert, mine in enumerate(holders):
+        them = np.flatnonzero(mine)
+        owner[expert] = them[owned[them].argmin()]
+        owned[owner[expert]] += 1
+    return owner
 
 
 def spread(n_blocks: int, n_experts: int, n_devices: int, replicas: int = 1) -> Bools:
@@ -241,42 +226,12 @@ def block_loads(trace: Trace, site: Site, questions: Sequence[int]) -> tuple[Tim
     Returns:
         two arrays [questions x n_blocks, K].
     """
-    replicas = [Replicas.of(holders) for holders in site.holders]
-    air, fixed = [], []
+    owners = [preferred(holders) for holders in site.holders]
+    parts = []
     for question in questions:
         for block in range(trace.n_blocks):
-            experts = replicas[block].deal(trace.routing(block, question).experts)
-            devices = replicas[block].device[experts]
-            keep = np.ones(experts.shape, np.bool_)
-            load = load_of(experts, keep, devices, len(replicas[block].device), site.model.n_devices)
-            air.append(load.rows * site.model.row_air_ms)
-            fixed.append(np.where(load.rows > 0, 2 * site.model.way_ms + load.compute_ms(site.model), 0.0))
-    return np.array(air), np.array(fixed)
-
-
-def static_shares(air_ms: Times, fixed_ms: Times, steps: int = 2000) -> Times:
-    """Divide a band once for all blocks, so that the mean block time is least: [K] shares that sum to 1.
-
-    The mean over blocks of max_k (fixed + air / share) is convex in the shares; multiplicative subgradient steps that
-    shrink find its least value to about a thousandth.
-
-    Args:
-        air_ms: [blocks, K], as `block_loads` counts them.
-        fixed_ms: [blocks, K].
-        steps: more are more exact.
-    """
-    shares = air_ms.mean(axis=0) + 1e-9 * air_ms.max()
-    shares = shares / shares.sum()
-    best: Times = shares
-    best_ms = np.inf
-    rows = np.arange(len(air_ms))
-    for step in range(steps):
-        finish_ms = fixed_ms + air_ms / shares
-        last = finish_ms.argmax(axis=1)
-        mean_ms = float(finish_ms[rows, last].mean())
-        if mean_ms < best_ms:
-            best, best_ms = shares, mean_ms
-        pull = np.bincount(last, air_ms[rows, last] / shares[last], len(shares))
-        shares = shares * np.exp(0.5 / np.sqrt(step + 1) * pull / pull.max())
-        shares = shares / shares.sum()
-    return best
+            routing = trace.routing(block, question)
+            load = load_of_plan(select_exact(routing), routing, owners[block], site.model.n_devices)
+            parts.append(parts_ms(load, site.model))
+    air_ms, fixed_ms = map(np.array, zip(*parts, strict=True))
+    return air_ms, fixed_ms

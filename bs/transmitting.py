@@ -13,7 +13,8 @@ from typing import Literal
 
 import msgspec
 
-from wdmoe.bs.airtime import Asked, pooled_root
+from wdmoe.bs.airtime import Asked
+from wdmoe.bs.allocation import finish_together
 from wdmoe.bs.hub import Device
 from wdmoe.bs.latency import LatencyTracker
 from wdmoe.profiles.link_profile import LinkProfile
@@ -58,9 +59,8 @@ def shares_of_block(asked: Sequence[Asked], in_flight: int) -> list[float]:
     if not all(air_ms):
         return [1 / (in_flight * len(asked))] * len(asked)
     fixed_ms = [2 * way + compute for _, way, compute, _ in asked]
-    total_ms = pooled_root(air_ms, fixed_ms)
-    parts = [air / (total_ms - fixed) for air, fixed in zip(air_ms, fixed_ms, strict=True)]
-    return [part / (in_flight * sum(parts)) for part in parts]
+    shares, _ = finish_together(air_ms, fixed_ms)
+    return [share / in_flight for share in shares]
 
 
 @dataclass(frozen=True, slots=True)

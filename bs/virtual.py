@@ -8,26 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from wdmoe.bs.airtime import pooled_root
+from wdmoe.bs.airtime import Curve, LatencyModel, Load, Times, latency_model, makespan
+from wdmoe.bs.allocation import parts_ms, per_block, static
 from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.dispatch import Shipment
 from wdmoe.bs.hub import Hub
-from wdmoe.bs.kept import keep_modelled
+from wdmoe.bs.kept import keep_modelled, usage
+from wdmoe.bs.latency import DeviceLatency
 from wdmoe.bs.microbatch import Result
 from wdmoe.bs.pipeline import Dispatched, Held, Outcome, Pipeline
+from wdmoe.bs.routing import Ints
 from wdmoe.bs.sensitivity import read_sensitivity
 from wdmoe.bs.stages import Stages
 from wdmoe.bs.station import Station, bs_folder, held_experts, introduced, introduced_kept
 from wdmoe.bs.tracing import STAGES, Trace
 from wdmoe.profiles.device_profile import DeviceProfile
 from wdmoe.profiles.link_profile import LinkProfile
-from wdmoe.profiles.modelled import ExpertShape, hardware_names
+from wdmoe.profiles.modelled import PRECISIONS, ExpertShape, hardware_names, modelled_profile
 from wdmoe.runtime.channels import OwnChannel
 from wdmoe.runtime.clock import VirtualClock
 from wdmoe.runtime.emulation import Air, EmulationOptions, emulated_profile, make_air
@@ -52,7 +54,8 @@ from wdmoe.runtime.virtual_time import Frames, TimedPeer, VirtualLink, VirtualWo
 from wdmoe.runtime.worker import Worker
 
 Say = Callable[[str], None]
-Times = npt.NDArray[np.float64]
+_USUAL_TOKENS = 64  # of a microbatch, to which static shares are fitted: of a question and its choices
+_LEAST_SHARE = 1e-3  # of a device that is never asked, as far as is known
 
 
 @dataclass(slots=True)
@@ -108,8 +111,8 @@ class Transmitter:
     to divide: what two of them send at the same time never takes more than there is.
     """
 
-    devices: dict[str, VirtualDevice]
-    links: dict[str, LinkProfile]
+    devices: Sequence[VirtualDevice]
+    links: Sequence[LinkProfile]  # of each device
     row_bytes: float  # as charged
     in_flight: int
     per_block: bool
@@ -117,40 +120,66 @@ class Transmitter:
     def dispatch(self, shipments: Sequence[Shipment]) -> Sequence[int]:
         """Set the shares of the devices that are asked; return the order of sending: the longest tail first.
 
-        That is Jackson's rule, as `airtime.send_order` has it; only on a shared channel does the order matter.
+        The order matters only on a shared channel.
         """
-        asked = [n for n, shipment in enumerate(shipments) if shipment.device in self.devices]
-        names = [shipments[n].device for n in asked]
-        rows = np.array([len(shipments[n].rows) for n in asked])
-        fixed_ms = np.array(
-            [
-                self.links[name].round_trip_ms
-                + sum(map(self.devices[name].profile.call_ms, shipments[n].request.counts))
-                for n, name in zip(asked, names, strict=True)
-            ]
-        )
-        if self.per_block and asked:
-            air_ms = rows * np.array([self.links[name].row_ms(self.row_bytes) for name in names])
-            for name, share in zip(names, finish_together(air_ms * self.in_flight, fixed_ms), strict=True):
-                self.devices[name].air.emulator.share = float(share) / self.in_flight
-        tail_ms = fixed_ms + rows * np.array([self.links[name].up_ms(self.row_bytes) for name in names])
-        others = [n for n in range(len(shipments)) if n not in asked]
-        return [*(asked[n] for n in np.argsort(-tail_ms, kind="stable")), *others]
+        number = {device.name: k for k, device in enumerate(self.devices)}
+        asked = {number[shipment.device]: n for n, shipment in enumerate(shipments) if shipment.device in number}
+        calls = [(k, count) for k, n in asked.items() for count in shipments[n].request.counts]
+        if not calls:
+            return range(len(shipments))
+        rows = np.zeros(len(number), np.int64)
+        rows[list(asked)] = [len(shipments[n].rows) for n in asked.values()]
+        load = Load(rows, *(np.array(part, np.int64) for part in zip(*calls, strict=True)))
+        curves = [device.profile.curve() for device in self.devices]
+        model = _modelled(curves, self.links, self.row_bytes, int(load.tokens.max()))
+        if self.per_block:
+            part = model.with_rates(self.in_flight * model.down_ms, self.in_flight * model.up_ms)
+            shares, _ = per_block(load, part)
+            for k in asked:
+                self.devices[k].air.emulator.share = float(shares[k]) / self.in_flight
+        order = makespan(load, model).order
+        assert order is not None
+        first = [asked[int(k)] for k in order]
+        return [*first, *(n for n in range(len(shipments)) if n not in first)]
 
 
-def finish_together(air_ms: Times, fixed_ms: Times) -> Times:
-    """Divide a band so that all devices finish at one time T: share = air / (T - fixed).
+def static_shares(virtual: VirtualConfig, manifest: BsManifest, counts: Ints | None) -> Times:
+    """Divide the band once for all blocks, by what microbatches of a usual size ask of the devices under exact: [K].
 
     Args:
-        air_ms: [n], of each device with all the bandwidth; more than 0.
-        fixed_ms: [n], what it takes besides.
+        virtual: devices and links.
+        manifest: says who holds which expert.
+        counts: how often each expert is used, [n_blocks, n_experts]; None: alike.
 
-    Returns:
-        [n] shares that sum to 1.
+    Raises:
+        WdmoeError: SciPy is missing.
     """
-    shares: Times = air_ms / (pooled_root(air_ms.tolist(), fixed_ms.tolist()) - fixed_ms)
-    shares /= shares.sum()
-    return shares
+    spec, n_devices = manifest.model, len(virtual.devices)
+    shape = virtual.cost_shape or ExpertShape(spec.d_model, spec.d_ff)
+    precision = virtual.cost_precision or (manifest.precision if manifest.precision in PRECISIONS else "fp16")
+    curves = [modelled_profile(name, precision, shape).curve() for name in virtual.devices]
+    model = _modelled(curves, virtual.profiles, 2.0 * shape.d_model, _USUAL_TOKENS)
+    if counts is None:
+        counts = np.ones((spec.n_blocks, spec.n_experts), np.int64)
+    parts = []
+    for placement, used in zip(manifest.placement, counts, strict=True):
+        owner = np.array([holders[0] for holders in placement])
+        wanted = np.minimum(1.0, spec.top_k * used / max(1, used.sum()))  # by that part of the tokens
+        spared = np.ones(n_devices)  # the part that wants none of a device's experts
+        np.multiply.at(spared, owner, 1 - wanted)
+        rows, tokens = (np.rint(_USUAL_TOKENS * part).astype(np.int64) for part in (1 - spared, wanted))
+        parts.append(parts_ms(Load(rows, owner, tokens), model))
+    shares = np.maximum(static(*map(np.array, zip(*parts, strict=True))), _LEAST_SHARE)
+    floored: Times = np.floor(1e4 * shares / shares.sum()) / 1e4
+    return floored
+
+
+def _modelled(curves: Sequence[Curve], links: Sequence[LinkProfile], row_bytes: float, up_to: int) -> LatencyModel:
+    """Put devices on their links, each with the whole band; see `latency_model`."""
+    devices = [DeviceLatency(curve, link.round_trip_ms) for curve, link in zip(curves, links, strict=True)]
+    down_ms = np.array([link.down_ms(row_bytes) for link in links])
+    up_ms = np.array([link.up_ms(row_bytes) for link in links])
+    return latency_model(devices, up_to).with_rates(down_ms, up_ms, "shared")
 
 
 @contextmanager
@@ -178,6 +207,11 @@ def open_virtual_station(
     folder = bs_folder(config.bundle)
     manifest = read_manifest(folder, BsManifest)
     verify_files(folder, manifest)
+    if virtual.bandwidth == "static" and len(virtual.devices) == manifest.n_devices:
+        counts, told_by = usage(manifest, config.bs_counts)
+        shares = static_shares(virtual, manifest, counts)
+        virtual = replace(virtual, bandwidth=",".join(f"{share:.4f}" for share in shares))
+        say(f"static shares of the band {virtual.bandwidth}, by {'equal use' if counts is None else told_by}")
     clock = VirtualClock()
     devices = _load_devices(folder.parent, virtual, config.threads, say)
     link = VirtualLink({device.name.encode(): tap(device) for device in devices}, clock)
@@ -200,6 +234,13 @@ def open_virtual_station(
     def make_worker(wake: Callable[[], None]) -> Worker[Outcome]:
         return VirtualWorker(clock, cost_s, link.wake_at, note_job)
 
+    transmitter = Transmitter(
+        devices,
+        virtual.profiles,
+        2.0 * (virtual.cost_shape.d_model if virtual.cost_shape is not None else manifest.model.d_model),
+        config.in_flight if config.in_flight != "auto" else 1,  # it matters only with bandwidth for each block
+        virtual.bandwidth == "per-block",
+    )
     stages = Stages(folder, manifest, config.threads)
     kept = None
     if config.bs_experts != "none":
@@ -214,13 +255,6 @@ def open_virtual_station(
         )
         say(introduced_kept(kept))
     held = held_experts(config, folder, manifest, kept)
-    transmitter = Transmitter(
-        {device.name: device for device in devices},
-        {device.name: profile for device, profile in zip(devices, virtual.profiles, strict=True)},
-        2.0 * (virtual.cost_shape.d_model if virtual.cost_shape is not None else manifest.model.d_model),
-        config.in_flight if config.in_flight != "auto" else 1,  # it matters only with bandwidth for each block
-        virtual.bandwidth == "per-block",
-    )
     pipeline = Pipeline(
         hub,
         stages,

@@ -8,7 +8,15 @@ from __future__ import annotations
 from wdmoe.bs.policies.bottleneck import Bottleneck, select_bottleneck
 from wdmoe.bs.policies.capacity import Capacity, select_capacity
 from wdmoe.bs.policies.exact import Exact, RoundRobin, select_exact, select_round_robin
-from wdmoe.bs.policies.options import Context, Latencies, Sensitivity, option_fields, parse_options, policy_name
+from wdmoe.bs.policies.options import (
+    Context,
+    Latencies,
+    Sensitivity,
+    check_budgets,
+    option_fields,
+    parse_options,
+    policy_name,
+)
 from wdmoe.bs.policies.rivals import Ser, TopCut, select_ser, select_top_cut
 from wdmoe.bs.policies.wlr import Wlr, select_wlr
 from wdmoe.bs.routing import Ints, Plan, Routing
@@ -28,6 +36,7 @@ __all__ = [
     "Ser",
     "TopCut",
     "Wlr",
+    "check_budgets",
     "option_fields",
     "parse_policy",
     "resolve_auto",

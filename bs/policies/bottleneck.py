@@ -1,5 +1,6 @@
 """`bottleneck`: unload the devices that finish last, least importance first, within a budget. Ours.
 
+Before anything is left out, rows move to other holders of their experts while the block gets shorter; see `moving.py`.
 For every device the pairs it may lose stand in a ladder, least important first, with the importance spent and the time
 the device takes alone after each rung. Where experts have a fixed cost (reading the weights), the last row of an
 expert is worth more than the others, so there are further ladders that empty some experts first.
@@ -16,8 +17,9 @@ from itertools import combinations
 
 import numpy as np
 
-from wdmoe.bs.airtime import Asked, LatencyModel, Load, few_finish_ms, linear_model, makespan
+from wdmoe.bs.airtime import LatencyModel, Load, few_finish_ms, linear_model, makespan
 from wdmoe.bs.policies.ladders import Chosen, make_ladders
+from wdmoe.bs.policies.moving import move_rows, one_row
 from wdmoe.bs.policies.options import Context, Latencies, Options
 from wdmoe.bs.policies.pairs import (
     Pairs,
@@ -47,10 +49,19 @@ class Bottleneck(Options):
 
 
 def select_bottleneck(routing: Routing, owner: Ints, row_ms: Latencies, policy: Bottleneck, context: Context) -> Plan:
-    """Choose the pairs to leave out."""
+    """Choose who is asked where several hold an expert, and the pairs to leave out."""
     model = context.model or linear_model(row_ms, len(routing.experts))
+    moved = None if context.holders is None else move_rows(routing.experts, owner, context.holders, model)
+    if moved is None:
+        return _leave_out(routing, owner[routing.experts], len(owner), model, policy, context)
+    return replace(_leave_out(routing, moved, len(owner), model, policy, context), devices=moved)
+
+
+def _leave_out(
+    routing: Routing, device: Ints, n_experts: int, model: LatencyModel, policy: Bottleneck, context: Context
+) -> Plan:
+    """Choose the pairs to leave out, of tokens whose experts are asked of devices [tokens, k]."""
     importance = slot_importance(routing, policy, context)
-    device = owner[routing.experts]
     if len(device) == 1:
         of_pair = importance[0] if device.shape[1] == 2 and device[0, 0] != device[0, 1] else None
         of_pair = make_pairs(device, importance).importance[0] if of_pair is None else of_pair  # which costs more
@@ -59,7 +70,7 @@ def select_bottleneck(routing: Routing, owner: Ints, row_ms: Latencies, policy: 
     pairs = make_pairs(device, importance)
     costs, allowance = policy.costs(pairs.importance, importance, context)
     pairs = replace(pairs, importance=costs)
-    drop = unload(routing.experts, pairs, droppable(pairs, policy.protect), allowance, model, len(owner))
+    drop = unload(routing.experts, pairs, droppable(pairs, policy.protect), allowance, model, n_experts)
     return plan_without(routing, pairs, drop, policy)
 
 
@@ -165,7 +176,7 @@ def _one_token(
     keep = np.ones(routing.experts.shape, np.bool_)
     if not on_offer or len(slots) == 1:
         return Plan(keep, routing.weights)
-    asked = {who: _asked(who, len(mine), model) for who, mine in slots.items()}
+    asked = {who: one_row(who, len(mine), model) for who, mine in slots.items()}
     best: tuple[int, ...] = ()
     best_ms = max(few_finish_ms(list(asked.values()), model.medium)[0])
     for n in range(1, min(_FEW, len(on_offer)) + 1):
@@ -178,10 +189,3 @@ def _one_token(
     for who in best:
         keep[0, slots[who]] = False
     return Plan(keep, kept_weights(routing, keep, policy.renormalise) if best else routing.weights)
-
-
-def _asked(who: int, calls: int, model: LatencyModel) -> Asked:
-    """Return what one row with some expert calls of one token takes; see `few_finish_ms`."""
-    call_ms = float(model.tables[model.table[who], 1] * model.slowness[who])
-    compute_ms = calls * call_ms + float(model.staging_ms[who])
-    return float(model.down_ms[who]), float(model.way_ms[who]), compute_ms, float(model.up_ms[who])

@@ -27,16 +27,19 @@ class Capacity(Options):
     """Cap each device's rows at `factor` times its share of all rows by speed.
 
     Excess goes least important first: it is left out, or with overflow=next the token is offered to its next expert.
+    Where the band is divided for each block, selection and division take `rounds` turns, but for one token alone.
     """
 
     factor: float = 1.2
     overflow: str = "drop"
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         """Refuse options that mean nothing."""
         Options.__post_init__(self)
         require(self, "factor", self.factor > 0, "more than 0")
         require(self, "overflow", self.overflow in OVERFLOW, f"one of {', '.join(OVERFLOW)}")
+        require(self, "rounds", self.rounds >= 1, "at least 1")
 
 
 def select_capacity(routing: Routing, owner: Ints, row_ms: Latencies, policy: Capacity, context: Context) -> Plan:

@@ -52,11 +52,44 @@ def select_round_robin(routing: Routing, context: Context) -> Plan:
         return plan  # nobody holds what another holds, too
     if len(routing.experts) == 1:
         holding = [np.flatnonzero(context.holders[expert]) for expert in routing.experts[0]]
-        dealt = [int(them[context.block % len(them)]) for them in holding]
-        return Plan(plan.keep, plan.weights, devices=np.array([dealt], np.int64))
-    devices = np.empty(routing.experts.shape, np.int64)
-    for expert in np.unique(routing.experts):
-        at = np.flatnonzero(routing.experts == expert)
-        holders: Ints = np.flatnonzero(context.holders[expert])
-        devices.ravel()[at] = holders[(np.arange(len(at)) + context.block) % len(holders)]
-    return Plan(plan.keep, plan.weights, devices=devices)
+        turn = [int(them[context.block % len(them)]) for them in holding]
+        return Plan(plan.keep, plan.weights, devices=np.array([turn], np.int64))
+    replicas = Replicas.of(context.holders)
+    dealt = replicas.deal(routing.experts, context.block)
+    return Plan(plan.keep, plan.weights, devices=replicas.device[dealt])
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """The (expert, device) pairs of one block, numbered."""
+
+    device: Ints  # [V], of each pair, those of an expert side by side
+    first: Ints  # [n_experts], number of its first pair
+    count: Ints  # [n_experts]
+
+    @classmethod
+    def of(cls, holders: Bools) -> Replicas:
+        """Number the pairs of `holders` [n_experts, K]."""
+        _, device = np.nonzero(holders)
+        count = holders.sum(axis=1)
+        return cls(device, np.cumsum(count) - count, count)
+
+    def of_expert(self, expert: int) -> list[int]:
+        """Return the devices that hold an expert."""
+        first = int(self.first[expert])
+        devices: list[int] = self.device[first : first + int(self.count[expert])].tolist()
+        return devices
+
+    def deal(self, experts: Ints, begin: int = 0) -> Ints:
+        """Deal the rows of each expert to its holders in turn: experts [tokens, k] -> pairs [tokens, k].
+
+        Args:
+            experts: of each slot.
+            begin: which holder is first.
+        """
+        flat = experts.ravel()
+        order = np.argsort(flat, kind="stable")
+        counts = np.bincount(flat, minlength=len(self.count))
+        turn = np.empty(len(flat), np.int64)
+        turn[order] = np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return (self.first[flat] + (turn + begin) % self.count[flat]).reshape(experts.shape)

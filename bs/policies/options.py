@@ -107,6 +107,18 @@ class Options:
         return np.float32(known.nats) * pairs * pairs, self.loss * known.share * len(importance)
 
 
+def check_budgets(policy: object, n_blocks: int) -> None:
+    """Refuse a policy that has several budgets, but not one for each block of a model.
+
+    Raises:
+        ValueError: says how many there are.
+    """
+    if isinstance(policy, Options) and len(policy.budget) > 1 and len(policy.budget) != n_blocks:
+        raise ValueError(
+            f"{policy.describe()}: {len(policy.budget)} budgets for {n_blocks} blocks; give one, or one for each block"
+        )
+
+
 def policy_name(policy: type) -> str:
     """Return what users type: TopCut is `top-cut`."""
     return "".join(f"-{c.lower()}" if c.isupper() else c for c in policy.__name__).lstrip("-")
@@ -156,4 +168,6 @@ def _parse(where: str, value: str, kind: type) -> Any:
 
 
 def _spell(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -16,12 +16,14 @@ from wdmoe.bs.routing import Floats, Ints, Plan, Routing, pair_weights, pairs_us
 class Wlr(Options):
     """Weight-to-latency ratio.
 
-    alpha is the first threshold theta, `step` its increment, gamma the gain in WLR at which it stops.
+    alpha is the first threshold theta, `step` its increment, gamma the gain in WLR at which it stops. Where the band is
+    divided for each block, selection and division take `rounds` turns, but for one token alone.
     """
 
     alpha: float = 0.5
     step: float = 0.05
     gamma: float = 1.05
+    rounds: int = 1
 
     def __post_init__(self) -> None:
         """Refuse options under which the search would not end or mean nothing."""
@@ -29,6 +31,7 @@ class Wlr(Options):
         require(self, "alpha", 0 <= self.alpha <= 1, "0 to 1 (a cosine of non-negative vectors)")
         require(self, "step", 0 < self.step <= 1, "more than 0 and at most 1")
         require(self, "gamma", self.gamma >= 1, "at least 1")
+        require(self, "rounds", self.rounds >= 1, "at least 1")
 
 
 def select_wlr(routing: Routing, owner: Ints, row_ms: Latencies, policy: Wlr, context: Context) -> Plan:

@@ -2,9 +2,9 @@
 
     python scripts/bench/scheduler.py --json -
 
-A decision is `wdmoe.bs.deciding.decide`: selection, loads, shares or order, the predicted block time; from plain values,
-8 experts on 8 unequal devices, top-2. Each time is the median over many decisions on different routings. The figures are
-those of the slowest policy: `decide_us_1` <= 50, `decide_ms_4096x8x8` <= 2; and, unless it is left out,
+A decision is what a run's pipeline does, `wdmoe.bs.deciding.context_of` and `choose`, from what trackers know of the devices and
+the router's logits; and `decide` beyond it: loads, shares or order, the predicted block time. 8 experts on 8 unequal devices,
+top-2. Each time is the median over many decisions on different routings. The figures are those of the slowest policy: `decide_us_1` <= 50, `decide_ms_4096x8x8` <= 2; and, unless it is left out,
 `simulate_1000x32x1000_s` <= 1 of scripts/bench/simulator.py. It runs on one thread.
 """
 
@@ -12,27 +12,32 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, get_args
+from typing import Any
 
 import click
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-sys.path += [str(ROOT / "tests"), str(ROOT)]
-from devices import random_model
-
+sys.path += [str(ROOT)]
 from scripts.bench._environment import CpuUse, environment, progress, write_json
 from scripts.bench.simulator import SENSITIVITY, simulation_s
-from wdmoe.bs.allocation import Radio
-from wdmoe.bs.deciding import Division, decide, make_band
-from wdmoe.bs.policies import Context, parse_policy
-from wdmoe.bs.routing import Routing, route
+from wdmoe.bs.airtime import Medium, latency_model
+from wdmoe.bs.deciding import asks_replicas, context_of, decide
+from wdmoe.bs.latency import DeviceLatency
+from wdmoe.bs.policies import Policy, parse_policy
+from wdmoe.bs.routing import Floats, Routing, route
+from wdmoe.profiles.modelled import ExpertShape, hardware_names, modelled_profile
 
 BARS = {"decide_us_1": 50.0, "decide_ms_4096x8x8": 2.0, "simulate_1000x32x1000_s": 1.0}
 N_EXPERTS = N_DEVICES = 8
 TOP_K = 2
+DIVISIONS: dict[str, Medium] = {"uniform": "own", "shared": "shared", "per-block": "pooled"}
+OWNER = np.arange(N_EXPERTS)
+HOLDERS = np.eye(N_EXPERTS, N_DEVICES, dtype=np.bool_) | np.eye(N_EXPERTS, N_DEVICES, 1, dtype=np.bool_)
+NORMS = np.linspace(0.5, 2.0, N_EXPERTS, dtype=np.float32)
 # Options under which a policy has work to do; for one token a budget that can be spent at all.
 POLICIES = (
     "exact",
@@ -43,6 +48,7 @@ POLICIES = (
     "top-cut:pairs=true",
     "capacity",
     "capacity:overflow=next",
+    "wlr:rounds=2",
     "bottleneck",
     "bottleneck:budget=0.4",
     "bottleneck:budget=0.4,protect=false",
@@ -93,43 +99,41 @@ def main(target: str | None, repeats: int, seed: int, simulation: bool) -> None:
 def measure(tokens: int, repeats: int, seed: int) -> dict[str, float]:
     """Return the median seconds of a decision, by policy and division."""
     rng = np.random.default_rng(seed)
-    devices = random_model(rng, N_DEVICES, "own", up_to=tokens)
-    quality = rng.uniform(1, 6, N_DEVICES)
-    radio = Radio(100e6, 65_536.0, quality, quality)
-    band = make_band(devices, radio)
-    questions = [ask(rng, tokens) for _ in range(_ROUTINGS)]
-    owner = np.arange(N_EXPERTS)
+    names, shape = hardware_names(), ExpertShape(4096, 14336)
+    curves = [modelled_profile(names[k % len(names)], "int4", shape).curve() for k in range(N_DEVICES)]
+    air_ms = 1.3 / rng.uniform(1, 6, N_DEVICES)
+    devices = [
+        DeviceLatency(curve, 2.0, float(rng.uniform(0.8, 1.5)), float(row_ms))
+        for curve, row_ms in zip(curves, air_ms, strict=True)
+    ]
+    blocks = [ask(rng, tokens) for _ in range(_ROUTINGS)]
     times: dict[str, float] = {}
     for text in POLICIES:
         policy = parse_policy(text)
-        for division in get_args(Division):
-            for routing, context in questions[:_WARM_UP]:
-                decide(routing, owner, policy, band, division, context)
-            taken = [
-                timed(routing, owner, policy, band, division, context)
-                for _ in range(repeats)
-                for routing, context in questions
-            ]
+        for division, medium in DIVISIONS.items():
+            for routing, logits in blocks[:_WARM_UP]:
+                timed(policy, routing, logits, devices, medium)
+            taken = [timed(policy, *block, devices, medium) for _ in range(repeats) for block in blocks]
             times[f"{text} {division}"] = median(taken)
     for name, s in sorted(times.items(), key=lambda item: -item[1])[:5]:
         progress(f"{tokens} tokens, {name}: {s * 1e6:.0f} us")
     return times
 
 
-def ask(rng: np.random.Generator, tokens: int) -> tuple[Routing, Context]:
-    """Draw the gates of a block."""
+def ask(rng: np.random.Generator, tokens: int) -> tuple[Routing, Floats]:
+    """Draw the logits of a block's router."""
     logits = 1.5 * rng.standard_normal((tokens, N_EXPERTS)).astype(np.float32)
-    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    holders = np.eye(N_EXPERTS, N_DEVICES, dtype=np.bool_) | np.eye(N_EXPERTS, N_DEVICES, 1, dtype=np.bool_)
-    norms = rng.uniform(0.5, 2.0, N_EXPERTS).astype(np.float32)
-    context = Context(holders=holders, probabilities=probabilities, norms=norms, sensitivity={"weight": SENSITIVITY})
-    return route(logits, TOP_K, normalise=True), context
+    return route(logits, TOP_K, normalise=True), logits
 
 
-def timed(*decision: Any) -> float:
+def timed(policy: Policy, routing: Routing, logits: Floats, devices: Sequence[DeviceLatency], medium: Medium) -> float:
     """Return the seconds of one decision."""
+    known = {"weight": SENSITIVITY}
+    holders = HOLDERS if asks_replicas(policy) else None
     started_s = time.perf_counter()
-    decide(*decision)
+    context = context_of(policy, 0, routing, logits, devices, medium, norms=NORMS, holders=holders, sensitivity=known)
+    model = context.model or latency_model(devices, len(routing.experts), medium=medium)
+    decide(routing, OWNER, policy, context, model)
     return time.perf_counter() - started_s
 
 

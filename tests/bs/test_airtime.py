@@ -13,6 +13,7 @@ from wdmoe.bs.airtime import (
     linear_model,
     load_of,
     makespan,
+    pooled_root,
 )
 from wdmoe.bs.latency import DeviceLatency
 from wdmoe.profiles.device_profile import interpolate
@@ -129,3 +130,26 @@ def test_arrays_of_different_lengths_are_refused() -> None:
     one, two = np.zeros(1), np.zeros(2)
     with pytest.raises(ValueError, match="1 devices has arrays of length"):
         LatencyModel(np.zeros((1, 2)), np.zeros(1, np.int64), one, one, two, one, one)
+
+
+def test_many_devices_share_a_band_as_few_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    air, fixed = rng.exponential(1.0, 200).tolist(), rng.uniform(0, 9, 200).tolist()
+    air[3] = 0.0
+    for fixed[3] in (1.0, 1e4):  # one that needs no air may be done last
+        many = pooled_root(air, fixed)
+        assert sum(a / (many - f) for a, f in zip(air, fixed, strict=True) if a) <= 1 + 1e-9
+        monkeypatch.setattr("wdmoe.bs.airtime._MANY", 1000)
+        assert pooled_root(air, fixed) == pytest.approx(many, rel=1e-12)
+        monkeypatch.undo()
+
+
+def test_the_order_of_requests_is_near_the_best_of_all() -> None:
+    over = []
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        model, rows = random_model(rng, 4, "shared"), rng.integers(1, 30, 4)
+        load = Load(rows, np.arange(4), rows)
+        best_ms = min(makespan(load, model, order).total_ms for order in permutations(range(4)))
+        over.append(makespan(load, model).total_ms / best_ms)
+    assert min(over) > 1 - 1e-9 and np.mean(over) < 1.01

@@ -15,7 +15,7 @@ from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.fleet import Fleet, Health
 from wdmoe.bs.microbatch import pack_sequence
 from wdmoe.bs.pipeline import Pipeline
-from wdmoe.bs.policies import Exact, Policy, RoundRobin, Wlr
+from wdmoe.bs.policies import Bottleneck, Exact, Policy, RoundRobin, Wlr
 from wdmoe.bs.records import Record
 from wdmoe.bs.requests import Want
 from wdmoe.bs.routing import Floats
@@ -114,6 +114,29 @@ def test_in_virtual_time_dealing_takes_load_off_a_device_and_drops_nothing(bundl
     )
     assert all(block.sent == block.pairs for block in record.blocks)
     assert record.latency_ms != exact.latency_ms
+
+
+def test_in_virtual_time_bottleneck_moves_rows_to_replicas_before_it_drops(bundle: Path, tmp_path: Path) -> None:
+    place_again(bundle, tmp_path / "placed", PlacementOptions(devices=2, replicas=8).place(2, 8))
+    virtual = VirtualConfig(("orin-nano-8gb",) * 2, ("radio:mhz=20:efficiency=2",), "orthogonal", "uniform")
+    with open_virtual_station(StationConfig(tmp_path / "placed"), virtual, lambda text: None) as station:
+        expected, exact = run(station, Exact())
+        logits, moved = run(station, Bottleneck(budget=(0.0,)))
+        _, dropped = run(station, Bottleneck(budget=(0.3,)))
+    np.testing.assert_allclose(logits, expected, atol=2e-2)
+    assert all(block.sent == block.pairs and block.gate_mass_dropped == 0 for block in moved.blocks)
+    assert all(block.sent <= block.pairs for block in dropped.blocks)
+    assert dropped.latency_ms < moved.latency_ms < 0.9 * exact.latency_ms
+
+
+def test_who_is_not_healthy_is_given_no_rows_of_others(bundle: Path) -> None:
+    with open_system(bundle, replicas=[0, 1, 2, 3]) as system:
+        expected = run_sequence(system, PROMPT)
+        fleet, asked = system.pipeline.requests.fleet, watched(system.pipeline)
+        for k in range(4):
+            fleet.penalise(f"replica-{k}", "for the test")
+        np.testing.assert_allclose(run_sequence(system, PROMPT, Bottleneck(budget=(0.0,))), expected, atol=1e-5)
+        assert {name for name, _, _ in asked} == {f"device-{k}" for k in range(4)}
 
 
 @pytest.mark.timeout(120)

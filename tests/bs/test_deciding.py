@@ -6,61 +6,75 @@ import numpy as np
 import pytest
 from devices import random_model
 
-from wdmoe.bs.airtime import Load, few_finish_ms, load_of, makespan
-from wdmoe.bs.allocation import Radio, uniform
-from wdmoe.bs.deciding import Division, decide, make_band, row_times
+from wdmoe.bs.airtime import Load, Medium, few_finish_ms, latency_model, load_of, makespan
+from wdmoe.bs.deciding import choose, context_of, decide, row_times
+from wdmoe.bs.latency import DeviceLatency
 from wdmoe.bs.policies import POLICIES, Context, parse_policy
-from wdmoe.bs.routing import Routing, route
+from wdmoe.bs.routing import Routing, route, softmax
 
 OWNER = np.array([0, 0, 1, 1, 2, 2, 3, 3])
-DIVISIONS: tuple[Division, ...] = ("uniform", "per-block", "shared")
+MEDIA: tuple[Medium, ...] = ("own", "pooled", "shared")
 
 
 def drawn(seed: int, tokens: int) -> tuple[Routing, Context, np.random.Generator]:
     rng = np.random.default_rng(seed)
     logits = rng.standard_normal((tokens, 8)).astype(np.float32)
-    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    return route(logits, 2, normalise=True), Context(probabilities=probabilities), rng
+    return route(logits, 2, normalise=True), Context(probabilities=softmax(logits)), rng
 
 
 @pytest.mark.parametrize("tokens", [1, 50])
-@pytest.mark.parametrize("division", DIVISIONS)
+@pytest.mark.parametrize("medium", MEDIA)
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_decision_is_whole(name: str, division: Division, tokens: int) -> None:
+def test_a_decision_is_whole(name: str, medium: Medium, tokens: int) -> None:
     routing, context, rng = drawn(tokens, tokens)
-    devices = random_model(rng, 4, "own")
-    radio = Radio(20e6, 65_536.0, rng.uniform(2, 6, 4), rng.uniform(2, 6, 4))
-    exact = decide(routing, OWNER, parse_policy("exact"), make_band(devices, radio), division, context)
-    found = decide(routing, OWNER, parse_policy(name), make_band(devices, radio), division, context)
-    assert (found.shares_hz is None) == (division == "shared") == (found.block.order is not None)
-    if found.shares_hz is not None:
-        assert found.shares_hz.sum() == pytest.approx(radio.bandwidth_hz)
+    model = random_model(rng, 4, medium)
+    context = replace(context, model=model)
+    exact = decide(routing, OWNER, parse_policy("exact"), context, model)
+    found = decide(routing, OWNER, parse_policy(name), context, model)
+    assert (found.shares is not None) == (medium == "pooled") and (found.block.order is not None) == (
+        medium == "shared"
+    )
+    if found.shares is not None:
+        assert found.shares.sum() == pytest.approx(1)
     assert found.block.total_ms == found.block.finish_ms.max() > 0
     assert found.load.rows.sum() <= exact.load.rows.sum()
     if name == "bottleneck":
         assert found.block.total_ms <= exact.block.total_ms * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("name", ["wlr", "capacity"])
+@pytest.mark.parametrize("name", ["wlr:gamma=1.05", "capacity:factor=0.6"])
 def test_further_rounds_never_make_a_block_longer(name: str) -> None:
-    for seed in range(10):
+    gained = 0
+    for seed in range(20):
         routing, context, rng = drawn(seed, 40)
-        devices, radio = random_model(rng, 4, "own"), Radio(20e6, 65_536.0, *rng.uniform(1, 6, (2, 4)))
-        once, thrice = (
-            decide(
-                routing, OWNER, parse_policy(name), make_band(devices, radio), "per-block", context, rounds
-            ).block.total_ms
-            for rounds in (1, 3)
+        model = random_model(rng, 4, "pooled")
+        context = replace(context, model=model)
+        once, twice, five = (
+            decide(routing, OWNER, parse_policy(f"{name},rounds={rounds}"), context, model).block.total_ms
+            for rounds in (1, 2, 5)
         )
-        assert thrice <= once
+        assert five <= twice <= once
+        gained += five < once
+    assert gained  # and it is not for nothing
 
 
-def test_a_fixed_division_is_taken_as_it_is() -> None:
-    routing, context, rng = drawn(0, 20)
-    devices, radio = random_model(rng, 4, "own"), Radio(20e6, 65_536.0, *rng.uniform(1, 6, (2, 4)))
-    fixed = decide(routing, OWNER, parse_policy("exact"), make_band(devices, radio), uniform(radio), context)
-    same = decide(routing, OWNER, parse_policy("exact"), make_band(devices, radio), "uniform", context)
-    assert fixed.block.total_ms == same.block.total_ms
+@pytest.mark.parametrize("medium", ["own", "shared"])
+def test_rounds_are_for_a_band_that_is_divided_for_each_block(medium: Medium) -> None:
+    routing, context, rng = drawn(0, 40)
+    context = replace(context, model=random_model(rng, 4, medium))
+    once, thrice = (choose(routing, OWNER, parse_policy(name), context) for name in ("wlr", "wlr:rounds=3"))
+    np.testing.assert_array_equal(once.keep, thrice.keep)
+
+
+def test_what_a_policy_does_not_look_at_is_not_worked_out() -> None:
+    routing, _, _ = drawn(0, 5)
+    devices = [DeviceLatency(((1, 2.0), (64, 9.0)), 1.0)] * 4
+    for name in (*POLICIES, "capacity:overflow=next"):
+        policy = parse_policy(name)
+        context = context_of(policy, 3, routing, np.zeros((5, 8), np.float32), devices, "shared")
+        assert context.block == 3
+        assert (context.model is not None) == (name.partition(":")[0] in ("wlr", "capacity", "bottleneck"))
+        assert (context.probabilities is not None) == (name == "capacity:overflow=next")
 
 
 @pytest.mark.parametrize("tokens", [1, 30])
@@ -72,6 +86,12 @@ def test_row_times_are_those_of_the_live_model(tokens: int) -> None:
         calls = [int(n) for n in counts[k == OWNER] if n] or [1]
         alone = 2 * model.way_ms[k] + model.call_ms(np.full(len(calls), k), np.array(calls)).sum()
         assert time_ms == pytest.approx(alone / sum(calls) + model.row_air_ms[k])
+
+
+def test_row_time_falls_with_load_and_an_idle_device_counts_one_row() -> None:
+    model = latency_model([DeviceLatency(((1, 1.0), (11, 2.0)), 0.0)] * 2, 16)
+    routing = Routing(np.zeros((11, 1), np.int64), np.ones((11, 1), np.float32))
+    np.testing.assert_allclose(row_times(routing, np.array([0, 1, 1]), model), [2.0 / 11, 1.0])
 
 
 @pytest.mark.parametrize("medium", ["own", "shared", "pooled"])

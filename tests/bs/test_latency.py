@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from wdmoe.bs.airtime import latency_model
-from wdmoe.bs.latency import DeviceLatency, LatencyTracker, row_ms
+from wdmoe.bs.latency import DeviceLatency, LatencyTracker
 from wdmoe.profiles.device_profile import VERSION, DeviceProfile, Point, StagingPoint
 
 PROFILE = DeviceProfile(VERSION, "d", "s", "numpy", "fp32", 8, 16, (Point(1, 1.0, 1.1), Point(11, 2.0, 2.2)))
@@ -44,12 +44,6 @@ def test_the_round_trip_is_the_smallest_seen() -> None:
     for measured_ms in (0.4, 0.2, 9.0):
         tracker.observe_round_trip(measured_ms)
     assert tracker.model().round_trip_ms == 0.2
-
-
-def test_row_time_falls_with_load_and_an_idle_device_counts_one_row() -> None:
-    devices = [DeviceLatency(PROFILE.curve(), 0.0), DeviceLatency(PROFILE.curve(), 0.0)]
-    times = row_ms(devices, np.array([11, 0, 0]), np.array([0, 1, 1]))
-    np.testing.assert_allclose(times, [2.0 / 11, 1.0])
 
 
 def test_the_air_that_requests_tell_is_known_to_the_model_and_no_longer_put_down_to_the_device() -> None:

@@ -23,7 +23,10 @@ from wdmoe.profiles.modelled import ExpertShape
         (10.0, 10.0, 1),  # one resource does all: others would only wait
         (20.0, 10.0, 3),  # two equal parts, and one to spare
         (30.0, 10.0, 4),
-        (10.1, 10.0, 3),
+        (10.9, 10.0, 1),  # a second one would gain less than a tenth
+        (12.0, 10.0, 2),
+        (15.0, 10.0, 2),
+        (16.0, 10.0, 3),  # with two, one that is a little late would be missed
         (0.0, 0.0, 1),  # nothing is known
         (1e6, 1.0, MOST),
     ],
@@ -50,6 +53,15 @@ def test_a_channel_that_all_share_is_one_resource() -> None:
 
 def test_the_head_costs_the_base_station_alone() -> None:
     assert cost_of_block(7.0, ()) == Cost(7.0, {STAGES_BUSY: 7.0})
+
+
+def test_where_the_channel_is_nearly_all_the_time_one_it_stays() -> None:
+    busy = (Request("a", 60.0, 2.0, 0.2), Request("b", 40.0, 3.0, 0.2))  # the air is 100 ms of 104
+    alone, busiest = (cost := cost_of_block(2.0, busy, "shared")).alone_ms, max(cost.busy_ms.values())
+    assert 1.0 < alone / busiest < 1.1 and enough_in_flight(alone, busiest) == 1
+    less = cost_of_block(20.0, busy, "shared")
+    assert 1.1 < less.alone_ms / max(less.busy_ms.values()) < 1.5
+    assert enough_in_flight(less.alone_ms, max(less.busy_ms.values())) == 2
 
 
 def test_pacing_begins_with_one_and_follows_a_change() -> None:
@@ -95,7 +107,12 @@ def per_second(bundle: Path, virtual: VirtualConfig, in_flight: InFlight) -> tup
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("link", "channel", "stage_ms"),
-    [("wifi-5ghz-near", "orthogonal", 6.0), ("wifi-5ghz-mid", "shared", 2.0), ("ethernet-1g", "orthogonal", 40.0)],
+    [
+        ("wifi-5ghz-near", "orthogonal", 6.0),
+        ("wifi-5ghz-near", "shared", 2.0),
+        ("wifi-5ghz-mid", "shared", 2.0),
+        ("ethernet-1g", "orthogonal", 40.0),
+    ],
 )
 def test_auto_is_as_fast_as_the_best_fixed_number(bundle: Path, link: str, channel: str, stage_ms: float) -> None:
     devices = ("agx-orin-64gb", "orin-nx-16gb", "orin-nx-8gb", "orin-nano-8gb")
@@ -106,7 +123,8 @@ def test_auto_is_as_fast_as_the_best_fixed_number(bundle: Path, link: str, chann
     fixed = {n: per_second(bundle, virtual, n)[0] for n in (1, 2, 3, 4, 6, 8)}
     auto, used = per_second(bundle, virtual, "auto")
     assert auto >= 0.95 * max(fixed.values()), (fixed, auto, used)
-    assert used < 8  # and no more than it takes
+    least = min(n for n, rate in fixed.items() if rate >= 0.97 * max(fixed.values()))
+    assert used <= least + 1  # and no more than it takes
     if stage_ms < 40:
         assert auto > 1.2 * fixed[1]  # it would not have done to stay at one
 

@@ -79,7 +79,7 @@ def test_every_policy_is_described_as_it_is_typed(name: str) -> None:
     "text",
     [
         "ser:k_min=2,t=0.3",
-        "top-cut:n=2,pairs=True,protect=True",
+        "top-cut:n=2,pairs=true,protect=true",
         "capacity:factor=1.5,overflow=next",
         "bottleneck:importance=norm,budget=0.1/0.2/0.05",
         "wlr:alpha=0.4,budget=0.1",

@@ -19,7 +19,6 @@ from wdmoe.bs.latency import DeviceLatency
 from wdmoe.bs.policies import Exact, Sensitivity, Wlr, parse_policy
 from wdmoe.bs.questions import Choice, Question
 from wdmoe.bs.radio import Cell, RadioConfig
-from wdmoe.bs.routing import Routing
 from wdmoe.bs.scoring import DistributedScorer
 from wdmoe.bs.simulation import (
     Bandwidth,
@@ -27,6 +26,7 @@ from wdmoe.bs.simulation import (
     Site,
     block_loads,
     holders_of,
+    preferred,
     simulate,
     spread,
     static_shares,
@@ -133,27 +133,39 @@ def test_wlr_leaves_out_and_is_sooner_done() -> None:
     assert 0 < wlr["gate_mass_dropped"] < 0.5 and exact["gate_mass_dropped"] == exact["dropped_share"] == 0
 
 
-def test_replicas_share_the_rows_of_an_expert_evenly() -> None:
+def test_round_robin_deals_and_the_others_ask_who_is_preferred() -> None:
     holders = np.array([[True, True, False, True], [False, False, True, False]])
     replicas = Replicas.of(holders)
     dealt = replicas.deal(np.array([[0], [1], [0], [0], [0], [1], [0], [0]]))
     assert replicas.device[dealt].ravel().tolist() == [0, 2, 1, 3, 0, 2, 1, 3]
+    assert preferred(spread(1, 8, 4, 3)[0]).tolist() != preferred(spread(1, 8, 4, 1)[0]).tolist()
+    assert np.bincount(preferred(spread(1, 8, 4, 3)[0])).tolist() == [2] * 4
     trace = invented((64,))
-    one, three = (
-        simulate(trace, replace(site(trace, "uniform"), holders=spread(3, 8, 4, copies)), Exact()) for copies in (1, 3)
-    )
-    assert three.waiting_ms != one.waiting_ms and three.gate_mass == one.gate_mass
+    for bandwidth in ("shared", "uniform", "per-block"):
+        place = replace(site(trace, bandwidth), holders=spread(3, 8, 4, 4))
+        exact, dealt_out = (simulate(trace, place, parse_policy(name)) for name in ("exact", "round-robin"))
+        assert dealt_out.waiting_ms != exact.waiting_ms and dealt_out.gate_mass == exact.gate_mass
+        assert dealt_out.gate_mass_dropped == exact.gate_mass_dropped == 0
 
 
-def test_a_token_is_offered_each_expert_by_one_of_its_holders() -> None:
-    replicas = Replicas.of(spread(1, 8, 20)[0])
-    routing = invented((64,)).routing(0)
-    dealt = Routing(replicas.deal(routing.experts), routing.weights)
-    probabilities = np.random.default_rng(0).random((64, 8), np.float32)
-    whole = replicas.spread(probabilities, routing, dealt)
-    np.testing.assert_allclose(np.sort(whole, axis=1)[:, -8:], np.sort(probabilities, axis=1))
-    chosen = np.take_along_axis(probabilities, routing.experts, axis=1)
-    np.testing.assert_array_equal(np.take_along_axis(whole, dealt.experts, axis=1), chosen)
+def test_norms_of_a_trace_say_what_is_important() -> None:
+    trace = invented((40,))
+    policy = parse_policy("bottleneck:importance=norm,budget=0.2")
+    with pytest.raises(ValueError, match="no norms calibrated on a text"):
+        simulate(trace, site(trace), policy)
+    plain = simulate(trace, site(trace), parse_policy("bottleneck:budget=0.2"))
+    alike = simulate(replace(trace, norms=np.ones((3, 8), np.float32)), site(trace), policy)
+    norms = np.random.default_rng(0).uniform(0.1, 3, (3, 8)).astype(np.float32)
+    unlike = simulate(replace(trace, norms=norms), site(trace), policy)
+    assert alike.latency_ms == plain.latency_ms != unlike.latency_ms
+
+
+@pytest.mark.parametrize("budgets", ["0.1/0.2", "0.1/0.2/0.3/0.1"])
+def test_a_budget_for_each_block_is_one_for_each_block(budgets: str) -> None:
+    trace = invented()
+    with pytest.raises(ValueError, match=f"{budgets.count('/') + 1} budgets for 3 blocks"):
+        simulate(trace, site(trace), parse_policy(f"bottleneck:budget={budgets}"))
+    simulate(trace, site(trace), parse_policy("bottleneck:budget=0.1/0.2/0.3"))
 
 
 @pytest.mark.parametrize(
@@ -167,8 +179,11 @@ def test_every_policy_runs_with_and_without_replicas(policy: str, devices: int) 
     place = Site(model.with_rates(rates, rates), spread(3, 8, devices), "uniform")
     exact = simulate(trace, place, Exact())
     simulated = simulate(trace, place, parse_policy(policy))
-    assert simulated.pairs == exact.pairs and simulated.sent <= exact.sent
-    assert simulated.latency_ms[0] <= exact.latency_ms[0] + 1e-9
+    assert simulated.pairs == exact.pairs
+    if policy != "round-robin":
+        assert simulated.sent <= exact.sent
+    if policy != "round-robin" or devices == 4:
+        assert simulated.latency_ms[0] <= exact.latency_ms[0] + 1e-9
 
 
 @pytest.mark.parametrize(("experts", "devices", "copies"), [(8, 3, 1), (8, 3, 2), (8, 8, 3), (8, 20, 1), (8, 20, 5)])
@@ -179,16 +194,19 @@ def test_spreading_gives_each_expert_its_copies_and_each_device_work(experts: in
         assert np.ptp(holders.sum(axis=0)) <= 1
 
 
-def test_static_shares_are_the_best_of_a_grid_and_follow_the_load() -> None:
+def test_static_shares_are_those_under_which_exact_is_done_soonest() -> None:
+    pytest.importorskip("scipy")
     trace = invented((30,) * 4)
-    air, fixed = (part[:, :2] for part in block_loads(trace, site(trace), range(4)))
-    shares = static_shares(air, fixed)
+    shares = static_shares(*block_loads(trace, site(trace), range(4)))
 
-    def mean_ms(first: float) -> float:
-        return float((fixed + air / np.array([first, 1 - first])).max(axis=1).mean())
+    def took_ms(split: np.ndarray) -> float:
+        return sum(simulate(trace, replace(site(trace), bandwidth="static", shares=split), Exact()).waiting_ms)
 
-    assert shares.sum() == pytest.approx(1)
-    assert mean_ms(shares[0]) <= 1.002 * min(mean_ms(first) for first in np.linspace(0.01, 0.99, 981))
+    best_ms, rng = took_ms(shares), np.random.default_rng(0)
+    assert shares.sum() == pytest.approx(1) and best_ms < took_ms(np.full(4, 0.25))
+    for size in (1e-3, 1e-2, 0.1):
+        other = shares * np.exp(size * rng.standard_normal(4))
+        assert took_ms(other / other.sum()) >= best_ms * (1 - 1e-6)
 
 
 def test_what_does_not_fit_together_is_refused() -> None:
@@ -226,6 +244,27 @@ def test_without_matplotlib_a_plot_names_the_extra(tmp_path: Path, monkeypatch: 
     options = ["--trace", str(tmp_path / "t.npz"), "--devices", "orin-nano-8gb*4", "--plot", str(tmp_path / "p.png")]
     done = CliRunner().invoke(main, ["simulate", *options])
     assert done.exit_code == 1 and "--plot needs matplotlib" in done.stderr and "wdmoe[plots]" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--policy", "wrl"), "unknown policy 'wrl'"),
+        (("--policy", "bottleneck:budget=2"), "budget is 2.0"),
+        (("--plot", "p.jpegg"), "the ending decides the format, expected one of"),
+    ],
+)
+def test_options_are_checked_before_the_trace_is_read(options: tuple[str, str], reason: str) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra `plots`")
+    done = CliRunner().invoke(main, ["simulate", "--trace", "none.npz", "--devices", "orin-nano-8gb", *options])
+    assert done.exit_code == 2 and reason in " ".join(done.stderr.replace("│", " ").split())
+
+
+def test_budgets_that_do_not_fit_the_trace_are_a_bad_parameter(tmp_path: Path) -> None:
+    write_trace(tmp_path / "t.npz", invented())
+    options = ["--trace", str(tmp_path / "t.npz"), "--devices", "orin-nano-8gb*4", "--policy"]
+    done = CliRunner().invoke(main, ["simulate", *options, "bottleneck:budget=0.1/0.2"])
+    assert done.exit_code == 2 and "2 budgets for 3 blocks" in " ".join(done.stderr.replace("│", " ").split())
 
 
 def test_the_command_prints_plots_and_writes_json(tmp_path: Path) -> None:

@@ -52,6 +52,22 @@ def test_what_is_read_routes_as_what_was_recorded(tmp_path: Path) -> None:
     assert not (tmp_path / "t.npz.partial").exists()
 
 
+def test_norms_are_kept_and_traces_of_version_1_are_read(tmp_path: Path) -> None:
+    norms = np.random.default_rng(0).random((4, 8), np.float32)
+    for version, known in ((1, None), (2, None), (2, norms)):
+        info = msgspec.structs.replace(INFO, version=version)
+        write_trace(tmp_path / "t.npz", recorded(invented()).trace(info, np.zeros((4, 8), np.int64), known))
+        read = read_trace(tmp_path / "t.npz").norms
+        np.testing.assert_array_equal(np.zeros(0) if read is None else read, np.zeros(0) if known is None else known)
+    write_trace(tmp_path / "t.npz", recorded(invented()).trace(INFO, np.zeros((4, 8), np.int64), norms[:3]))
+    with pytest.raises(DataError, match=r"norms are float32 \(3, 8\)"):
+        read_trace(tmp_path / "t.npz")
+    info = msgspec.structs.replace(INFO, version=3)
+    write_trace(tmp_path / "t.npz", recorded(invented()).trace(info, np.zeros((4, 8), np.int64)))
+    with pytest.raises(DataError, match="version 3, expected wdmoe-trace 1 to 2"):
+        read_trace(tmp_path / "t.npz")
+
+
 def test_what_blocks_mind_is_kept_for_simulations(tmp_path: Path) -> None:
     known = {"weight": tuple(Sensitivity(0.5 + block, 0.25) for block in range(4))}
     info = msgspec.structs.replace(INFO, sensitivity=known)
@@ -77,13 +93,17 @@ def test_a_question_that_was_broken_off_is_left_out() -> None:
 def test_a_file_that_is_no_trace_is_refused(tmp_path: Path) -> None:
     good = recorded(invented()).trace(INFO, np.zeros((4, 8), np.int64))
     path = tmp_path / "t.npz"
-    for content in (b"", b"PK", b"text", None):
+    np.save(tmp_path / "array.npy", good.counts)
+    for content in (b"", b"PK", b"text", (tmp_path / "array.npy").read_bytes(), None):
         if content is not None:
             path.write_bytes(content)
         else:
             np.savez(path, counts=good.counts)
-        with pytest.raises(DataError, match="is not a trace"):
+        with pytest.raises(DataError, match="is not a trace") as refused:
             read_trace(path)
+        assert "pickle" not in str(refused.value)
+    with pytest.raises(DataError, match=r"none.npz is not a trace .*No such file"):
+        read_trace(tmp_path / "none.npz")
     for field, value, reason in (
         ("starts", np.array([0, 5]), "starts do not ascend from 0 to 36"),
         ("counts", good.counts[:1], "counts has shape"),
@@ -124,6 +144,7 @@ def test_the_command_writes_a_trace(bundle: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     trace = read_trace(tmp_path / "t.npz")
     assert trace.n_questions == 2 and trace.info.datasets == {"piqa-sample": 2}
+    assert trace.info.version == 2 and trace.norms is None  # the bundle was given no text
     assert trace.counts.sum() == trace.probabilities.shape[1] * trace.n_blocks * trace.info.top_k
     done = CliRunner().invoke(main, [*options, str(tmp_path / "none/t.npz")])
     assert done.exit_code == 2 and "there is no folder" in done.stderr

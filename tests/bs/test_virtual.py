@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,11 +24,12 @@ from wdmoe.bs.records import Record
 from wdmoe.bs.scoring import DistributedScorer
 from wdmoe.bs.stages import new_cache
 from wdmoe.bs.station import Station, open_station
-from wdmoe.bs.virtual import VirtualDevice, finish_together, open_virtual_station
+from wdmoe.bs.virtual import VirtualDevice, open_virtual_station, static_shares
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
 from wdmoe.profiles.device_profile import Point
 from wdmoe.profiles.modelled import ExpertShape, modelled_profile
 from wdmoe.runtime.errors import WdmoeError
+from wdmoe.runtime.manifest import BsManifest, read_manifest
 from wdmoe.runtime.messages import ExpertReply, ExpertRequest, Message, encode
 
 MIXTRAL = ExpertShape(4096, 14336)
@@ -147,13 +149,32 @@ def test_shares_of_a_band_are_worth_their_part_and_per_block_beats_uniform(bundl
     assert total("per-block") < 0.95 * total("uniform")
 
 
-def test_all_devices_finish_together_on_all_of_the_band() -> None:
-    rng = np.random.default_rng(0)
-    for n in (1, 2, 5):
-        air_ms, fixed_ms = rng.uniform(1, 50, n), rng.uniform(0, 20, n)
-        shares = finish_together(air_ms, fixed_ms)
-        finish_ms = fixed_ms + air_ms / shares
-        assert shares.sum() == pytest.approx(1) and np.ptp(finish_ms) < 1e-6
+@pytest.mark.parametrize("counted", [False, True])
+def test_static_shares_follow_the_use_of_experts(bundle: Path, counted: bool, tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    manifest = read_manifest(bundle / "bs", BsManifest)
+    spec = manifest.model
+    counts = None
+    if counted:  # the experts of one device are hardly used
+        owner = np.array([[holders[0] for holders in block] for block in manifest.placement])
+        counts = np.where(owner == 3, 1, 100)
+        (tmp_path / "counts.json").write_text(json.dumps(counts.tolist()))
+    virtual = replace(FOUR, channel="orthogonal", bandwidth="static")
+    shares = static_shares(virtual, manifest, counts)
+    assert 0.999 < shares.sum() <= 1 and shares.min() > 0
+    if counted:
+        assert shares[3] < 0.05 < shares[2]
+    else:
+        assert shares[2:].min() > 1.4 * shares[:2].max()  # those on slow links
+    config = StationConfig(bundle, threads=1, bs_counts=tmp_path / "counts.json" if counted else None)
+    with open_virtual_station(config, virtual, quiet) as station:
+        assert station.virtual is not None and station.virtual.shares == tuple(shares)
+        link_ms = [station.hub.devices[f"device-{k}"].latency.model().row_link_ms for k in range(4)]
+        assert link_ms == pytest.approx(
+            [link.row_ms(8192) / b for link, b in zip(virtual.profiles, shares, strict=True)]
+        )
+        record = one_token(station)
+    assert spec.n_blocks == len(record.blocks)
 
 
 def test_what_cannot_be_is_refused(bundle: Path) -> None:
@@ -213,3 +234,15 @@ def test_options_of_one_clock_are_refused_with_the_other(bundle: Path) -> None:
     assert done.exit_code == 2 and "--devices is for modelled devices; give --clock virtual" in done.stderr
     done = command(bundle, "--clock", "virtual", "--devices", "agx-orin-64gb")
     assert done.exit_code == 2 and "--clock virtual needs --link" in done.stderr
+
+
+def test_the_command_divides_the_band_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+    pytest.importorskip("scipy")
+    options = ["--limit", "1", "--clock", "virtual", "--devices", ",".join(FOUR.devices), "--link", "wifi-6-far"]
+    options += ["--channel", "orthogonal", "--bandwidth", "static"]
+    done = command(bundle, *options)
+    assert done.exit_code == 0 and "static shares of the band 0." in done.stderr, done.output
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    done = command(bundle, *options)
+    assert done.exit_code == 1 and "needs SciPy" in done.stderr and "wdmoe[scheduler]" in done.stderr

@@ -1,0 +1,225 @@
+"""Moving rows to replicas: before anything is left out, rows of an expert go from a device that finishes late to another holder.
+
+Nothing changes in what is computed, only where. Moves are planned by what devices take by themselves, and made where the
+block, by the latency model and with rows that tokens share counted, is done sooner. Not all divisions are searched.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from math import prod
+
+import numpy as np
+
+from wdmoe.bs.airtime import Asked, LatencyModel, few_finish_ms, load_of
+from wdmoe.bs.policies.exact import Replicas
+from wdmoe.bs.routing import Bools, Ints
+
+_ALL = 16  # ways to ask for one token's experts that are tried; of more, one expert after another is moved
+_AGAIN = 512  # tokens, up to which rows that are dealt out evenly are a second beginning
+_MANY = 16  # devices with work, from which they always are: few moves might not do
+_MOVES, _MOVES_OF_MANY = (24, 8), (8, 1)  # of a block at most, and of these in vain one after another
+_SOURCES, _TARGETS = 3, 2  # the slowest devices that are looked at, and the least busy holders of each of their experts
+_GAIN = 1 - 1e-9
+
+Move = tuple[int, int, int, int]  # expert, from, to, rows
+
+
+def move_rows(experts: Ints, owner: Ints, holders: Bools, model: LatencyModel) -> Ints | None:
+    """Choose who is asked for each expert of each token: [tokens, k] devices; None: the owners, nobody else helps.
+
+    Args:
+        experts: [tokens, k].
+        owner: [n_experts], who is asked otherwise.
+        holders: [n_experts, K], who may be asked.
+        model: of the devices.
+    """
+    if int(np.count_nonzero(holders)) == len(holders):
+        return None
+    if len(experts) == 1:
+        return _one_token(experts[0].tolist(), owner, holders, model)
+    replicas, few = Replicas.of(holders), len(experts) <= _AGAIN
+    blocks = [_Block(experts, owner[experts], replicas, model)]
+    before_ms = blocks[0].block_ms()
+    if few or len(blocks[0].loaded()) > _MANY:
+        blocks.append(_Block(experts, replicas.device[replicas.deal(experts)], replicas, model))
+    best = min(blocks, key=lambda block: block.improve(*_MOVES) if few else block.block_ms())
+    took_ms = best.block_ms() if few else best.improve(*_MOVES_OF_MANY)
+    return best.device if took_ms < before_ms * _GAIN else None
+
+
+def _one_token(experts: list[int], owner: Ints, holders: Bools, model: LatencyModel) -> Ints | None:
+    may = [[int(owner[e]), *(k for k in np.flatnonzero(holders[e]).tolist() if k != owner[e])] for e in experts]
+    start = tuple(them[0] for them in may)
+
+    def block_ms(asked: tuple[int, ...]) -> float:
+        return max(few_finish_ms([one_row(k, asked.count(k), model) for k in dict.fromkeys(asked)], model.medium)[0])
+
+    best, best_ms = start, block_ms(start)
+    if prod(map(len, may)) <= _ALL:
+        tried = list(product(*may))[1:]
+    else:
+        tried = [(*start[:n], k, *start[n + 1 :]) for n, them in enumerate(may) for k in them[1:]]
+    for asked in tried:
+        if (took_ms := block_ms(asked)) < best_ms * _GAIN:
+            best, best_ms = asked, took_ms
+    return None if best == start else np.array([best], np.int64)
+
+
+def one_row(k: int, calls: int, model: LatencyModel) -> Asked:
+    """Return what one row with some expert calls of one token takes; see `few_finish_ms`."""
+    call_ms = float(model.tables[model.table[k], 1] * model.slowness[k])
+    compute_ms = calls * call_ms + float(model.staging_ms[k])
+    return float(model.down_ms[k]), float(model.way_ms[k]), compute_ms, float(model.up_ms[k])
+
+
+class _Block:
+    """Who is asked in one block, and how long that takes; rows move from device to device."""
+
+    def __init__(self, experts: Ints, device: Ints, replicas: Replicas, model: LatencyModel) -> None:
+        """Count what is asked of each device: rows, calls by expert, and their time."""
+        self._experts, self._model = experts, model
+        self.device = device  # [tokens, k]
+        self._replicas, n_experts = replicas, len(replicas.count)
+        self._slots: dict[int, Ints] = {}  # where each expert stands, flat
+        self._slowness: list[float] = model.slowness.tolist()
+        self._staging_ms: list[float] = model.staging_ms.tolist()
+        self._way_ms: list[float] = model.way_ms.tolist()
+        self._down_ms: list[float] = model.down_ms.tolist()
+        self._up_ms: list[float] = model.up_ms.tolist()
+        load = load_of(experts, np.ones(device.shape, np.bool_), device, n_experts, model.n_devices)
+        calls_ms = np.bincount(load.device, model.call_ms(load.device, load.tokens), model.n_devices)
+        self._rows: list[int] = load.rows.tolist()
+        self._calls_ms: list[float] = calls_ms.tolist()
+        self._calls: list[dict[int, int]] = [{} for _ in self._rows]
+        called = np.flatnonzero(np.bincount((device * n_experts + experts).ravel())) % n_experts
+        for k, expert, n in zip(load.device.tolist(), called.tolist(), load.tokens.tolist(), strict=True):
+            self._calls[k][expert] = n
+
+    def improve(self, moves: int, in_vain: int) -> float:
+        """Move rows as long as the block is done sooner; return how long it takes then.
+
+        Args:
+            moves: to try at most.
+            in_vain: of these, one after another, after which no more are tried.
+        """
+        best_ms, useless = self.block_ms(), set[tuple[int, int, int]]()
+        for _ in range(moves):
+            move = self._best_move(useless)
+            if move is None:
+                break
+            slots, target = self._rows_to_move(*move), move[2]
+            before = self._move(move, slots)
+            if (took_ms := self.block_ms()) < best_ms * _GAIN:
+                best_ms = took_ms
+                useless.clear()
+                self.device = self.device.copy()
+                self.device.ravel()[slots] = target
+            else:
+                self._take_back(move, before)
+                useless.add(move[:3])
+                if len(useless) == in_vain:
+                    break
+        return best_ms
+
+    def block_ms(self) -> float:
+        """Predict the block; see `airtime.makespan`."""
+        return max(few_finish_ms([self._asked(k) for k in self.loaded()], self._model.medium)[0])
+
+    def loaded(self) -> list[int]:
+        """Return the devices that have work."""
+        return [k for k, n in enumerate(self._rows) if n]
+
+    def _asked(self, k: int) -> Asked:
+        n = self._rows[k]
+        return n * self._down_ms[k], self._way_ms[k], self._calls_ms[k] + n * self._staging_ms[k], n * self._up_ms[k]
+
+    def _row_ms(self, k: int) -> float:
+        return self._down_ms[k] + self._staging_ms[k] + self._up_ms[k]
+
+    def _call_ms(self, k: int, tokens: int) -> float:
+        return float(self._model.tables[self._model.table[k], tokens]) * self._slowness[k]
+
+    def _alone_ms(self, k: int) -> float:
+        return 2 * self._way_ms[k] + self._calls_ms[k] + self._rows[k] * self._row_ms(k) if self._rows[k] else 0.0
+
+    def _best_move(self, useless: set[tuple[int, int, int]]) -> Move | None:
+        """Take rows off the device that takes longest by itself and can be helped, so that it and who helps take least."""
+        alone_ms = [self._alone_ms(k) for k in range(len(self._rows))]
+        for source in sorted(self.loaded(), key=lambda k: -alone_ms[k])[:_SOURCES]:
+            best, best_ms = None, alone_ms[source] * _GAIN
+            for expert, calls in self._calls[source].items():
+                for target in sorted(self._replicas.of_expert(expert), key=lambda k: alone_ms[k])[:_TARGETS]:
+                    if target == source or (expert, source, target) in useless or alone_ms[target] >= best_ms:
+                        continue
+                    for rows, ms in self._balanced(expert, calls, source, target, alone_ms):
+                        if ms < best_ms:
+                            best, best_ms = (expert, source, target, rows), ms
+            if best is not None:
+                return best
+            if self._model.medium == "own":
+                return None  # the block is done no sooner
+        return None
+
+    def _balanced(
+        self, expert: int, calls: int, source: int, target: int, alone_ms: list[float]
+    ) -> list[tuple[int, float]]:
+        """Return how many rows of an expert might move, and what the slower of both then takes; each row for itself."""
+        there = self._calls[target].get(expert, 0)
+        idle_ms = 0.0 if self._rows[target] else 2 * self._way_ms[target]
+        from_ms = alone_ms[source] - self._call_ms(source, calls)
+        to_ms = alone_ms[target] + idle_ms - self._call_ms(target, there)
+
+        def both_ms(n: int) -> tuple[float, float]:
+            return (
+                from_ms + self._call_ms(source, calls - n) - n * self._row_ms(source),
+                to_ms + self._call_ms(target, there + n) + n * self._row_ms(target),
+            )
+
+        low, high = 1, calls  # the most rows with which the source is still the slower, and one more
+        while high - low > 1:
+            middle = (low + high) // 2
+            here, beyond = both_ms(middle)
+            low, high = (middle, high) if here > beyond else (low, middle)
+        return [(n, max(both_ms(n))) for n in sorted({low, high, calls})]
+
+    def _rows_to_move(self, expert: int, source: int, target: int, rows: int) -> Ints:
+        """Choose slots: first those whose row the source is rid of by it, and of them those whose row the target has."""
+        if expert not in self._slots:
+            self._slots[expert] = np.flatnonzero(self._experts == expert)
+        slots = self._slots[expert]
+        slots = slots[self.device.ravel()[slots] == source]
+        stays, comes = self._shared(slots, source, target)
+        chosen: Ints = slots[np.argsort(2 * stays + comes, kind="stable")[:rows]]
+        return chosen
+
+    def _shared(self, slots: Ints, source: int, target: int) -> tuple[Ints, Ints]:
+        """Say, of each slot, whether the token's row stays at the source all the same, and whether it is new to the target."""
+        stays, there = np.full(len(slots), -1, np.int64), np.zeros(len(slots), np.bool_)
+        devices = self.device[slots // self.device.shape[1]]
+        for slot in range(devices.shape[1]):
+            stays += devices[:, slot] == source
+            there |= devices[:, slot] == target
+        return np.minimum(stays, 1), 1 - there.astype(np.int64)
+
+    def _move(self, move: Move, slots: Ints) -> tuple[int, int, float, float]:
+        expert, source, target, n = move
+        before = (self._rows[source], self._rows[target], self._calls_ms[source], self._calls_ms[target])
+        stays, comes = self._shared(slots, source, target)
+        self._rows[source] -= n - int(stays.sum())
+        self._rows[target] += int(comes.sum())
+        for k, by in ((source, -n), (target, n)):
+            had = self._calls[k].get(expert, 0)
+            self._calls[k][expert] = had + by
+            self._calls_ms[k] += self._call_ms(k, had + by) - self._call_ms(k, had)
+            if had + by == 0:
+                del self._calls[k][expert]
+        return before
+
+    def _take_back(self, move: Move, before: tuple[int, int, float, float]) -> None:
+        expert, source, target, n = move
+        self._rows[source], self._rows[target], self._calls_ms[source], self._calls_ms[target] = before
+        for k, by in ((source, n), (target, -n)):
+            self._calls[k][expert] = self._calls[k].get(expert, 0) + by
+            if self._calls[k][expert] == 0:
+                del self._calls[k][expert]
