@@ -7,6 +7,8 @@ state is kept, and the same carving goes on from there.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,10 +45,12 @@ def carve_end_to_end(plan: CarvePlan, partial: Path, on_progress: OnProgress) ->
 
     Raises:
         CheckpointError: there is no room, another carving is in the folder, or the training fails.
-        EngineError: the device that is asked for cannot be had.
+        EngineError: the device that is asked for, or a compiler, cannot be had.
     """
     config = plan.config
     torch_device = find_torch_device(config.torch_device)
+    if config.compiled and torch_device == "cpu":
+        _check_compiler()
     with TrainingState(partial, plan.recipe, config.steps) as state:
         if state.finished:
             return state.figures
@@ -144,6 +148,15 @@ def find_torch_device(wanted: TorchDevice) -> str:
             "CUDA and a driver for it, or give --torch-device cpu"
         )
     return "cuda" if there and wanted != "cpu" else "cpu"
+
+
+def _check_compiler() -> None:
+    names = [os.environ.get("CXX", ""), "g++", "c++", "clang++"]
+    if not any(shutil.which(name) for name in names if name):
+        raise EngineError(
+            "torch.compile needs a C++ compiler, and none of g++, c++ and clang++ is here; install one, or give "
+            "--no-compile"
+        )
 
 
 def matrix_dtype(torch_device: str) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,26 @@ def test_a_gpu_that_is_not_there_is_told_before_anything_is_written(tmp_path: Pa
     with pytest.raises(EngineError, match=r"sees no NVIDIA GPU here.*--torch-device cpu"):
         carve(dense, tmp_path / "moe", torch_device="cuda")
     assert not (tmp_path / "moe.partial").exists()
+
+
+def test_a_compiler_that_is_missing_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda _name: None)
+    dense = tiny_dense.tiny_dense(tmp_path / "dense", "llama")
+    with pytest.raises(EngineError, match=r"needs a C.. compiler.*give --no-compile"):
+        carve(dense, tmp_path / "moe", compiled=True)
+    assert not (tmp_path / "moe.partial").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of torch itself, as it compiles
+def test_compiled_training_differs_by_rounding_alone(tmp_path: Path) -> None:
+    dense = tiny_dense.tiny_dense(tmp_path / "dense", "llama")
+    plain = carve(dense, tmp_path / "plain", steps=4).figures
+    compiled = carve(dense, tmp_path / "compiled", steps=4, compiled=True).figures
+    assert compiled == pytest.approx(plain, rel=0.01)
 
 
 def test_too_little_text_is_told(tmp_path: Path) -> None:
