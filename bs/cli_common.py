@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import signal
 import sys
@@ -16,6 +17,7 @@ import click
 
 from wdmoe.bs.config import InFlight, StationConfig
 from wdmoe.runtime.errors import WdmoeError
+from wdmoe.runtime.outputs import NewFile, written_whole
 
 if TYPE_CHECKING:
     from wdmoe.bs.policies import Policy
@@ -88,8 +90,9 @@ def model_options(function: AnyFunction) -> AnyFunction:
         ),
         click.option(
             "--trace",
-            type=click.Path(path_type=Path, dir_okay=False),
-            help="Write a timeline there, for https://ui.perfetto.dev: stages, sends, waits, air and devices.",
+            type=NewFile(),
+            help="Write a timeline there, for https://ui.perfetto.dev: stages, sends, waits, air and devices; with --clock "
+            "virtual, where there is one, in virtual time.",
         ),
         click.option("--health", metavar="HOST:PORT", help="Serve /health there, for wdmoe-bs status and monitors."),
         click.option(
@@ -157,9 +160,7 @@ def json_option(function: AnyFunction) -> AnyFunction:
     """Add --json."""
     return _with_options(
         function,
-        click.option(
-            "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Keep the result; - prints it."
-        ),
+        click.option("--json", "json_path", type=NewFile(), help="Keep the result; - prints it."),
     )
 
 
@@ -186,10 +187,14 @@ def parse_policies(texts: tuple[str, ...], known: Path | Trace) -> list[Policy]:
         known: bundle or trace whose calibration `auto` goes by.
     """
     from wdmoe.bs.policies import AUTO, check_budgets, parse_policy, resolve_auto
+    from wdmoe.bs.policies.options import Options
 
     check_policies(texts)
-    calibrated = AUTO in texts and _is_calibrated(known)
+    calibrated = AUTO in texts and bool(_calibrated(known))
     policies = [parse_policy(resolve_auto(text, calibrated)) for text in texts]
+    for policy in policies:
+        if isinstance(policy, Options) and policy.loss < math.inf and policy.importance not in _calibrated(known):
+            raise click.BadParameter(policy.uncalibrated(), param_hint="--policy")  # now, not when its turn comes
     if several := [policy for policy in policies if len(getattr(policy, "budget", ())) > 1]:
         n_blocks = _manifest(known).model.n_blocks if isinstance(known, Path) else known.n_blocks
         with _bad_policy():
@@ -214,13 +219,15 @@ def _bad_policy() -> Iterator[None]:
         raise click.BadParameter(str(error), param_hint="--policy") from error
 
 
-def _is_calibrated(known: Path | Trace) -> bool:
+def _calibrated(known: Path | Trace) -> set[str]:
+    """Return the kinds of importance that a bundle or a trace was calibrated for."""
     if not isinstance(known, Path):
-        return known.info.sensitivity is not None
+        return set(known.info.sensitivity or {})
     from wdmoe.bs.sensitivity import read_sensitivity
     from wdmoe.bs.station import bs_folder
 
-    return read_sensitivity(bs_folder(known), _manifest(known)) is not None
+    found = read_sensitivity(bs_folder(known), _manifest(known))
+    return set() if found is None else set(found.by_importance)
 
 
 def _manifest(bundle: Path) -> BsManifest:
@@ -282,9 +289,8 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     if str(path) == "-":
         click.echo(text, nl=False)
         return
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_text(text)
 
 
 def command_line() -> str:

@@ -24,6 +24,7 @@ from wdmoe.bs.cli_common import (
 )
 from wdmoe.bs.cli_virtual import open_any_station, read_virtual, virtual_options
 from wdmoe.bs.config import StationConfig
+from wdmoe.runtime.outputs import NewFile
 
 if TYPE_CHECKING:
     from wdmoe.bs.experiment import Pair, PolicyRun
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 @json_option
 @click.option(
     "--report",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=NewFile(),
     help="Write a page with tables, figures and the diagnosis; of a run that breaks off, with what is done.",
 )
 def run(
@@ -135,14 +136,12 @@ def _check_report(report: Path, json_path: Path | None) -> None:
     """Refuse what would fail at the end of a run.
 
     Raises:
-        ValueError: the page has no place to go.
+        ValueError: the page would be written over.
         WdmoeError: matplotlib is not installed.
     """
     from wdmoe.bs.plots import require_matplotlib
 
     require_matplotlib("--report")
-    if not report.parent.is_dir():
-        raise ValueError(f"--report {report}: there is no folder {report.parent}")
     if json_path is not None and report.absolute() == json_path.absolute():
         raise ValueError(f"--report and --json both name {report}; give one of them another name")
 

@@ -24,6 +24,7 @@ from wdmoe.bs.cli_common import (
 from wdmoe.bs.cli_virtual import read_list, read_shape
 from wdmoe.profiles.link_profile import RADIO_EXAMPLE, link_names
 from wdmoe.profiles.modelled import PRECISIONS, ExpertShape, hardware_names
+from wdmoe.runtime.outputs import NewFile
 
 if TYPE_CHECKING:
     from wdmoe.bs.simulation import Site
@@ -73,7 +74,7 @@ _STATIC_QUESTIONS = 20  # of the trace, whose exact loads a static division of t
 @click.option("--cost-precision", type=click.Choice(PRECISIONS), default="int4", metavar="P", help="Of its weights.")
 @click.option("--stage-ms", type=click.FloatRange(min=0), default=1.0, help="Of the base station.")
 @click.option("--seed", type=int, default=0, help="Of places, fading and movement; the same for every policy.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw latencies and the Pareto front.")
+@click.option("--plot", type=NewFile(), help="Draw latencies and the Pareto front.")
 @json_option
 def simulate(
     trace_path: Path, policies: tuple[str, ...], json_path: Path | None, plot: Path | None, **options: Any

@@ -8,6 +8,7 @@ import click
 
 from wdmoe.bs.cli_common import DEFAULTS, data_dir_option, progress_bars, reported_errors, say
 from wdmoe.bs.config import StationConfig
+from wdmoe.runtime.outputs import NewFile
 
 
 @click.command()
@@ -18,9 +19,7 @@ from wdmoe.bs.config import StationConfig
 @data_dir_option
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first rows of each data set.")
 @click.option("--threads", type=click.IntRange(min=1), default=DEFAULTS.threads, help="Threads of the stages.")
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("trace.npz"), help="The trace to write."
-)
+@click.option("--out", type=NewFile(), default=Path("trace.npz"), help="The trace to write.")
 def trace(
     bundle: Path, datasets: tuple[str, ...], data_dir: Path | None, limit: int | None, threads: int, out: Path
 ) -> None:
@@ -40,8 +39,6 @@ def trace(
         from wdmoe.bs.trace import Recorder, trace_info, write_trace
         from wdmoe.bs.virtual import in_this_process, open_virtual_station
 
-        if not out.parent.is_dir():
-            raise ValueError(f"--out {out}: there is no folder {out.parent}")
         config = StationConfig(bundle, threads=threads)
         tasks = [load_task(name, data_dir) for name in dict.fromkeys(datasets)]
         rows = {task.dataset: task.count(limit) for task in tasks}

@@ -78,19 +78,20 @@ def _slowness(run: PolicyRun, in_flight: float) -> Finding | None:
     summary = run.summary
     if not summary.devices or summary.latency_share_ms <= 0:
         return None
-    on_air_ms = summary.air_ms + summary.queue_ms - _behind_compute_ms(summary, in_flight)
-    on_air_ms = min(on_air_ms, summary.latency_share_ms - summary.bs_ms)
+    radio_ms = summary.queue_ms - _behind_compute_ms(summary, in_flight)
+    on_air_ms = min(summary.air_ms + radio_ms, summary.latency_share_ms - summary.bs_ms)
     air_share, waiting_share = (ms / summary.latency_share_ms for ms in (on_air_ms, summary.waiting_ms))
     if air_share >= AIR_SHARE:
         worst, worst_ms = _worst(summary, lambda device: device.air_ms)
+        queued = f" ({radio_ms:.0f} of them in a queue for it)" if radio_ms >= 0.5 else ""
         # Only int8 rows have an error to record.
         smaller = ["send smaller rows (--wire int8)"] if summary.wire_error is None else []
         return Finding(
             "air",
             *run.pair,
             worst,
-            {"air_share": air_share, "air_ms": on_air_ms, "device_ms": summary.device_ms},
-            f"{on_air_ms:.0f} of {summary.latency_share_ms:.0f} ms of a question are air, {summary.device_ms:.3g} ms "
+            {"air_share": air_share, "air_ms": on_air_ms, "radio_queue_ms": radio_ms, "device_ms": summary.device_ms},
+            f"{on_air_ms:.0f} of {summary.latency_share_ms:.0f} ms of a question are air{queued}, {summary.device_ms:.3g} ms "
             f"computing; longest with {worst}, {worst_ms:.3g} ms",
             "; or ".join([*_fewer_rows(run), *smaller, f"give {worst} a better link"]),
         )

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from wdmoe.runtime.errors import WdmoeError
+from wdmoe.runtime.errors import OutputError, WdmoeError
 
 # Told apart by those who see few colours, and 3:1 or better on white and on nearly black.
 COLORS = ("#4477aa", "#d95f4c", "#2a8a45", "#b0519a", "#93801a", "#2b8f9c")
@@ -69,13 +69,14 @@ def save_figure(figure: Any, path: Path) -> None:
     """Write a figure whole or not at all; the ending of the path decides the format.
 
     Raises:
-        WdmoeError: it cannot be written there.
+        OutputError: it cannot be written there.
     """
     partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     try:
         figure.savefig(partial, dpi=140)
     except (OSError, ValueError) as error:
-        raise WdmoeError(f"cannot write the plot {path}: {error}") from error
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"cannot write the plot {path}: {error}") from error
     partial.replace(path)
 
 

@@ -20,14 +20,20 @@ class BlockRecord:
     theta: float | None
     stopped: str | None
     waiting_ms: float = 0.0  # attention waiting: the base station has nothing left to do for this microbatch
-    device_ms: float = 0.0  # the longest compute time a device reported
-    air_ms: float = 0.0  # the longest time of a request in which its device neither computed it nor kept it in a queue
-    queue_ms: float = 0.0  # the longest time of a request behind others, as its device reported
+    # Of the request that took longest, whose parts add up to what the block waited for.
+    device_ms: float = 0.0  # computing, as its device reported
+    air_ms: float = 0.0  # the rest between sending and answer, in which it was neither computed nor in a queue
+    queue_ms: float = 0.0  # behind others, as its device reported
     bytes_down: int = 0
     bytes_up: int = 0
     skipped: int = 0  # pairs that were sent to a device that was lost, and left out
     bs_rows: int = 0  # pairs that the base station ran itself, without a link
     bs_experts_ms: float = 0.0  # what it took for them
+
+    def on_answer(self, compute_ms: float, queue_ms: float, air_ms: float) -> None:
+        """Take the parts of a request that was answered, if none of the block took longer."""
+        if compute_ms + queue_ms + air_ms > self.device_ms + self.queue_ms + self.air_ms:
+            self.device_ms, self.queue_ms, self.air_ms = compute_ms, queue_ms, air_ms
 
 
 @dataclass(slots=True)
@@ -93,9 +99,9 @@ class Summary:
     waiting_ms: float  # mean per question
     bs_ms: float  # mean per question
     shared_ms: float  # mean per question
-    device_ms: float  # mean per question, the slowest device of each block
-    air_ms: float  # mean per question, the slowest request of each block
-    queue_ms: float  # mean per question, the request of each block that waited longest
+    device_ms: float  # mean per question, the slowest request of each block, as are the next two
+    air_ms: float
+    queue_ms: float
     bytes_down: int
     bytes_up: int
     pairs: int

@@ -5,6 +5,7 @@ All that comes from elsewhere (names of devices, hardware, the command) is escap
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from wdmoe.bs.experiment import Pair, PolicyRun
 from wdmoe.bs.policies import parse_policy
 from wdmoe.bs.results import link_words, origin_of_times
 from wdmoe.bs.tables import device_table, policy_tables, time_table
-from wdmoe.runtime.errors import WdmoeError
+from wdmoe.runtime.outputs import written_whole
 
 _ORIGINS = {
     "modelled": "Answers are real. Times are modelled: devices and links come from profiles, in virtual time; nothing "
@@ -69,15 +70,11 @@ def write_report(
         missing: data sets and policies that were asked for and are not done.
 
     Raises:
-        WdmoeError: it cannot be written there.
+        OutputError: it cannot be written there.
     """
     page = render_report(head, runs, findings, missing)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with written_whole(path) as partial:
         partial.write_text(page, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise WdmoeError(f"cannot write the report {path}: {error}") from error
 
 
 def render_report(
@@ -192,7 +189,9 @@ def _facts(head: dict[str, Any], runs: Sequence[PolicyRun]) -> str:
 def _words(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return "none" if math.isinf(value) else f"{value:g}"  # without a loss or a bound nothing is limited
+    return str(value)
 
 
 def _work_table(runs: Sequence[PolicyRun], origin: str) -> str:
@@ -227,7 +226,7 @@ def _html(group: Group) -> str:
             caption = ""
         elif isinstance(shown, Text):
             if caption:
-                parts.append(caption)
+                parts.append(f'<p class="note">{escape(caption)}</p>')
             caption = shown.plain
     return "".join(parts) + (f'<p class="note">{escape(caption)}</p>' if caption else "")
 

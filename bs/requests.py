@@ -220,9 +220,7 @@ class Requests:
         want.record.bytes_up += message_bytes(message)
         compute_ms, queue_ms = header.compute_us / 1e3, max(0.0, header.queue_us / 1e3 - pending.reported_ms)
         air_ms = took_ms - compute_ms + pending.longer_ms
-        want.record.device_ms = max(want.record.device_ms, compute_ms)
-        want.record.air_ms = max(want.record.air_ms, air_ms)
-        want.record.queue_ms = max(want.record.queue_ms, queue_ms)
+        want.record.on_answer(compute_ms, queue_ms, air_ms)
         if (use := want.devices.get(name)) is None:
             use = want.devices[name] = DeviceUse()
         use.add(header.rows, compute_ms, queue_ms, air_ms)

@@ -25,8 +25,9 @@ from wdmoe.bs.records import Summary
 from wdmoe.bs.station import Station
 from wdmoe.profiles.device_profile import Emulated
 from wdmoe.runtime.links import is_loopback
+from wdmoe.runtime.outputs import written_whole
 
-RUN_FORMAT, RUN_VERSION = "wdmoe-run", 4
+RUN_FORMAT, RUN_VERSION = "wdmoe-run", 5
 
 
 def describe_run(station: Station, runs: Sequence[PolicyRun], command: str) -> dict[str, Any]:
@@ -249,9 +250,8 @@ def read_finished(path: Path, now: dict[str, Any]) -> tuple[Finished, str | None
 
 def write_finished(path: Path, now: dict[str, Any], finished: Finished) -> None:
     """Keep what of a comparison is done, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(msgspec.json.encode(_KeptComparison(now, finished)))
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_bytes(msgspec.json.encode(_KeptComparison(now, finished)))
 
 
 def _link_kind(station: Station) -> str:

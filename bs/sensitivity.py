@@ -13,6 +13,7 @@ import msgspec
 from wdmoe.bs.policies import Sensitivity
 from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.manifest import SENSITIVITY_NAME, BsManifest
+from wdmoe.runtime.outputs import written_whole
 
 FORMAT, VERSION = "wdmoe-sensitivity", 1
 
@@ -57,7 +58,6 @@ def read_sensitivity(folder: Path, manifest: BsManifest) -> SensitivityFile | No
 def write_sensitivity(folder: Path, found: SensitivityFile) -> Path:
     """Write the file, whole or not at all."""
     path = folder / SENSITIVITY_NAME
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
-    partial.replace(path)
+    with written_whole(path) as partial:
+        partial.write_bytes(msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
     return path

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich import box
-from rich.console import Group
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.measure import Measurement
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +22,8 @@ from wdmoe.bs.quality import PERPLEXITY_SET, Quality, QualityBar, judge
 from wdmoe.bs.results import emulated_words
 
 _CALL_ROWS = (1, 16, 256)
+_LOOK: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "collapse_padding": True, "show_edge": False}
+_ENDLESS = 10_000  # columns, more than any table takes
 _COSTS = ("p50", "p95", "wait", "MB down", "up", "drop", "theta")
 
 
@@ -60,8 +67,7 @@ def _policy_table(runs: Sequence[PolicyRun], link: str, devices: int) -> Group:
     first = runs[0].evaluation
     source = first.source if first.variant is None else f"{first.source}, local variant"
     title = f"{first.dataset}: {first.rows} rows ({source}), {devices} devices over {link}"
-    table = _table()
-    table.add_column("policy", overflow="fold", min_width=len("policy"))
+    table = _policy_rows()
     metrics = {name: how for name, how in _METRICS.items() if name in first.metrics}
     for heading in (*(how.heading for how in metrics.values()), "vs exact", *_COSTS):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -83,33 +89,17 @@ def _policy_table(runs: Sequence[PolicyRun], link: str, devices: int) -> Group:
 
 
 def time_table(runs: Sequence[PolicyRun], virtual: bool = False) -> Group:
-    """Show where the time of a question goes, and how much was done in all."""
-    title = f"Where the {'virtual ' if virtual else ''}time of a question goes, mean ms of its share of a microbatch"
-    table = _table()
-    several = len({run.evaluation.dataset for run in runs}) > 1
-    if several:
-        table.add_column("data set", no_wrap=True)
-    table.add_column("policy", overflow="fold", min_width=5)
-    for heading in ("latency", "BS", "waiting", "overhead", "air", "device", "tokens/s", "wall s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for run in runs:
-        summary = run.summary
-        bs_ms = summary.bs_ms + summary.shared_ms + summary.bs_experts_ms
-        split_ms = (
-            summary.latency_share_ms,
-            bs_ms,
-            summary.waiting_ms,
-            summary.overhead_ms,
-            summary.air_ms,
-            summary.device_ms,
+    """Show where the time of a question goes, and how much was done in all, a table per data set."""
+    title = f"here the {'virtual ' if virtual else ''}time of a question goes, mean ms of its share of a microbatch"
+    datasets = list(dict.fromkeys(run.evaluation.dataset for run in runs))
+    tables = [
+        _with_note(
+            f"{dataset}: w{title}" if len(datasets) > 1 else f"W{title}",
+            _time_rows([run for run in runs if run.evaluation.dataset == dataset]),
+            "",
         )
-        table.add_row(
-            *([run.evaluation.dataset] if several else []),
-            run.policy,
-            *(f"{ms:.0f}" for ms in split_ms),
-            f"{summary.tokens / run.clock_s:.0f}",
-            f"{run.wall_s:.1f}",
-        )
+        for dataset in datasets
+    ]
     errors = [run.summary.wire_error for run in runs if run.summary.wire_error is not None]
     lost = f"; int8 on the wire rounds rows by {100 * max(errors):.2f} %" if errors else ""
     if any(run.summary.bs_rows for run in runs):
@@ -119,13 +109,33 @@ def time_table(runs: Sequence[PolicyRun], virtual: bool = False) -> Group:
             if (s := run.summary)
         )
         lost += f"; rows that the base station ran itself, no link: {'; '.join(own)} a question"
-    return _with_note(
-        title,
-        table,
-        "latency = BS (stages, shared experts, its own experts) + waiting (only devices and air are at work) + overhead (hand-over, queues of "
-        "the base station); air, device: of the slowest request of each block, partly hidden behind shared experts"
-        + lost,
+    note = (
+        "latency = BS (stages, shared experts, its own experts) + waiting (only devices and air are at work) + overhead "
+        "(hand-over, queues of the base station); air, queue (for the radio or the processor of a device), device: the "
+        "parts of the slowest request of each block, partly hidden behind shared experts"
     )
+    return Group(*tables, Text(note + lost, style="dim"))
+
+
+def _time_rows(runs: Sequence[PolicyRun]) -> Table:
+    table = _policy_rows()
+    for heading in ("latency", "BS", "waiting", "overhead", "air", "queue", "device", "tokens/s", "wall s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in runs:
+        summary = run.summary
+        split_ms = (
+            summary.latency_share_ms,
+            summary.bs_ms + summary.shared_ms + summary.bs_experts_ms,
+            summary.waiting_ms,
+            summary.overhead_ms,
+            summary.air_ms,
+            summary.queue_ms,
+            summary.device_ms,
+        )
+        table.add_row(
+            run.policy, *(f"{ms:.0f}" for ms in split_ms), f"{summary.tokens / run.clock_s:.0f}", f"{run.wall_s:.1f}"
+        )
+    return table
 
 
 def quality_table(quality: Quality, bar: QualityBar, text_variant: str | None) -> Group:
@@ -265,8 +275,7 @@ def simulation_table(result: dict[str, Any]) -> Group:
     medium = result["channel"] if result["bandwidth"] is None else f"{result['channel']}, {result['bandwidth']}"
     questions = entries[0]["questions"]
     title = f"{result['model']['name']}: {questions} questions, {devices} modelled devices, {medium} channel"
-    table = _table()
-    table.add_column("policy", overflow="fold", min_width=len("policy"))
+    table = _policy_rows()
     for heading in ("mean ms", "p50", "p95", "vs exact", "pairs dropped", "gate dropped"):
         table.add_column(heading, justify="right", no_wrap=True)
     exact = next((entry["latency_mean_ms"] for entry in entries if entry["policy"] == "exact"), None)
@@ -282,8 +291,56 @@ def simulation_table(result: dict[str, Any]) -> Group:
     return _with_note(title, table, "modelled: latency of a question, one at a time; nothing here was measured")
 
 
+class _NamedRows(Table):
+    """A table with names in its first column; one that has no room beside its figures gets a line of its own above them."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        column, *others = self.columns
+        names = [str(cell) for cell in column.cells]
+        natural = Measurement.get(console, options.update(width=_ENDLESS), self).maximum
+        longest = max(cell_len(text) for text in (str(column.header), *names))
+        room = options.max_width - (natural - longest)
+        beside = copy(self)
+        cells = [name if cell_len(name) <= room else "" for name in names]
+        beside.columns = [replace(column, _cells=[*cells]), *others]
+        lines = console.render_lines(_AsItIs(beside), options, pad=False)
+        head = len(lines) - len(names)  # as no cell is wrapped
+        for number, line in enumerate(lines):
+            if number >= head and not cells[number - head]:
+                yield from map(Text, _broken(names[number - head], options.max_width))
+            yield from line
+            yield Segment.line()
+
+
+@dataclass(frozen=True, slots=True)
+class _AsItIs:
+    """A table as rich shows it."""
+
+    table: Table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return Table.__rich_console__(self.table, console, options)
+
+
+def _broken(name: str, width: int) -> list[str]:
+    """Break a policy's name into lines, between its options or the numbers of one."""
+    lines = [""]
+    for part in re.findall(r"[^:,/]+[:,/]?", name):
+        if lines[-1].strip() and len(lines[-1]) + len(part) > width:
+            lines.append("  ")
+        lines[-1] += part
+    return lines
+
+
 def _table() -> Table:
-    return Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, show_edge=False)
+    return Table(**_LOOK)
+
+
+def _policy_rows() -> Table:
+    """Make a table with a row for each policy."""
+    table = _NamedRows(**_LOOK)
+    table.add_column("policy", no_wrap=True)
+    return table
 
 
 def _with_note(title: str, table: Table, note: str) -> Group:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from wdmoe.bs.policies import Sensitivity
 from wdmoe.bs.routing import Floats, Ints, Routing, route, softmax
 from wdmoe.runtime.errors import DataError
+from wdmoe.runtime.outputs import written_whole
 
 if TYPE_CHECKING:
     from wdmoe.bs.station import Station
@@ -135,10 +136,9 @@ class Recorder:
 
 def write_trace(path: Path, trace: Trace) -> None:
     """Write a trace, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
     info = np.frombuffer(msgspec.json.encode(trace.info), np.uint8)
     optional: dict[str, Any] = {} if trace.norms is None else {"norms": trace.norms}
-    with partial.open("wb") as file:
+    with written_whole(path) as partial, partial.open("wb") as file:
         np.savez_compressed(
             file,
             probabilities=trace.probabilities,
@@ -148,7 +148,6 @@ def write_trace(path: Path, trace: Trace) -> None:
             info=info,
             **optional,
         )
-    partial.replace(path)
 
 
 def read_trace(path: Path) -> Trace:

@@ -1,7 +1,8 @@
 """A timeline of a run in Chrome's trace format, which Perfetto opens (https://ui.perfetto.dev).
 
 Devices have clocks of their own: a request's queue and compute time are what the device reports, the rest between sending and
-reply is the air, half of it drawn before and half after.
+reply is the air, half of it drawn before and half after. In virtual time what takes no time is left out, and every track
+says that its times are modelled.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from wdmoe.runtime.outputs import written_whole
 
 BS = "base station"
 STAGES, LOOP, WAITS = "stages", "loop", "waits"  # tracks of the base station
@@ -37,17 +40,17 @@ class Trace:
 
     spans: list[_Span] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
+    modelled: bool = False  # whether time is virtual: what computes does so in no time, and is noted as declared
 
     def add(self, track: str, what: str, begin_s: float, end_s: float) -> None:
         """Note what the base station did."""
-        self.spans.append((BS, track, what, begin_s, end_s))
+        if end_s > begin_s or not self.modelled:
+            self.spans.append((BS, track, what, begin_s, end_s))
 
     def write(self, path: Path) -> None:
-        """Write the timeline, under a temporary name first."""
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
+        """Write the timeline, whole or not at all."""
+        with written_whole(path) as partial, partial.open("w", encoding="utf-8") as file:
             json.dump({"traceEvents": list(self._events()), "displayTimeUnit": "ms"}, file)
-        partial.replace(path)
 
     def _events(self) -> Iterator[dict[str, Any]]:
         """Return events: a process for the base station and for each device, microseconds since the first event."""
@@ -55,8 +58,9 @@ class Trace:
         start_s = min((unit[0][3] for unit in units), default=0.0)
         devices = sorted({reply.device for reply in self.replies})
         numbers = {name: number for number, name in enumerate([BS, *devices])}
+        origin = " (modelled)" if self.modelled else ""
         for name, number in numbers.items():
-            yield {"ph": "M", "name": "process_name", "pid": number, "tid": 0, "args": {"name": name}}
+            yield {"ph": "M", "name": "process_name", "pid": number, "tid": 0, "args": {"name": name + origin}}
         rows: dict[tuple[str, str], int] = {}
         for process, track, what, begin_s, end_s in _side_by_side(units):
             if (process, track) not in rows:

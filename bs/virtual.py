@@ -7,7 +7,7 @@ arrive when the emulated device on its link would have answered (`runtime/emulat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from wdmoe.bs.routing import Ints
 from wdmoe.bs.sensitivity import read_sensitivity
 from wdmoe.bs.stages import Stages
 from wdmoe.bs.station import Station, bs_folder, held_experts, introduced, introduced_kept
+from wdmoe.bs.tracing import STAGES, Trace
 from wdmoe.profiles.device_profile import DeviceProfile
 from wdmoe.profiles.link_profile import LinkProfile
 from wdmoe.profiles.modelled import PRECISIONS, ExpertShape, hardware_names, modelled_profile
@@ -224,8 +225,14 @@ def open_virtual_station(
             return (outcome[1].predicted_ms or 0.0) / 1e3
         return virtual.stage_ms / 1e3 if outcome is not None and isinstance(outcome[1], Dispatched | Result) else 0.0
 
+    trace = Trace(modelled=True) if config.trace is not None else None
+
+    def note_job(outcome: Outcome | None, began_s: float, ended_s: float) -> None:
+        if trace is not None and outcome is not None:
+            trace.add(STAGES, _job_words(outcome), began_s, ended_s)
+
     def make_worker(wake: Callable[[], None]) -> Worker[Outcome]:
-        return VirtualWorker(clock, cost_s, link.wake_at)
+        return VirtualWorker(clock, cost_s, link.wake_at, note_job)
 
     transmitter = Transmitter(
         devices,
@@ -256,15 +263,27 @@ def open_virtual_station(
         config.wire,
         held,
         config.when_lost == "skip",
+        trace,
         medium="shared" if virtual.channel == "shared" else "pooled" if virtual.bandwidth == "per-block" else "own",
         on_dispatch=transmitter.dispatch,
     )
     pipeline.sensitivity = read_sensitivity(folder, manifest)
-    try:
+    with ExitStack() as stack:
+        if trace is not None and config.trace is not None:
+            stack.callback(trace.write, config.trace)  # also of a run that fails
+        stack.callback(hub.close, "the base station is done")
+        stack.callback(pipeline.close)
         yield Station(config, folder, manifest, hub, pipeline, virtual, kept)
-    finally:
-        pipeline.close()
-        hub.close("the base station is done")
+
+
+def _job_words(outcome: Outcome) -> str:
+    """Say what the worker did, as the live pipeline does on a timeline."""
+    flight, done = outcome
+    if isinstance(done, Held):
+        return f"own experts of block {done.request.block}"
+    assert flight is not None
+    what = "head" if isinstance(done, Result) else f"stage {flight.block}"
+    return f"{what} of {flight.microbatch.name}"
 
 
 def in_this_process(bundle: Path) -> VirtualConfig:

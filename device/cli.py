@@ -44,6 +44,11 @@ Examples:
     help="What runs the experts; auto takes the best that passes its self-check.",
 )
 @click.option("--threads", type=click.IntRange(min=1), default=_DEFAULTS.threads, help="Threads of the engine.")
+@click.option(
+    "--profile",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="What `wdmoe-device bench --json` measured of this folder here.  [default: a short measurement at the start]",
+)
 @click.option("--enrol", metavar="TOKEN", help="On the first start: the token of `wdmoe-bs enrol NAME`; spent once.")
 @click.option("--insecure", is_flag=True, help="Do not encrypt although the base station is on the network.")
 @click.option("--encrypt", is_flag=True, help="Encrypt although the base station is on this machine.")

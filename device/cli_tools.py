@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import click
 from wdmoe.device.config import DeviceConfig
 from wdmoe.profiles.modelled import PRECISIONS, ExpertShape, hardware_names
 from wdmoe.runtime.engines import ENGINES
+from wdmoe.runtime.outputs import NewFile, written_whole
 
 if TYPE_CHECKING:
     from wdmoe.device.profile_tables import Named
@@ -25,22 +25,7 @@ _DEFAULTS = DeviceConfig()
 _files = click.argument(
     "files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path, exists=True, dir_okay=False)
 )
-
-
-def _writable(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
-    """Refuse a file that could not be written, before anything is measured for it."""
-    if path is not None and str(path) != "-" and not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        raise click.BadParameter(f"{path.absolute().parent}: no folder that can be written to")
-    return path
-
-
-_json_option = click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    callback=_writable,
-    help="Keep the profile; - prints it.",
-)
+_json_option = click.option("--json", "json_path", type=NewFile(), help="Keep the profile; - prints it.")
 
 
 def read_shape(context: click.Context, parameter: click.Parameter, text: str | None) -> ExpertShape | None:
@@ -130,7 +115,7 @@ def diff(files: tuple[Path, ...]) -> None:
 
 @profile.command()
 @_files
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=Path("profiles.png"), help="The image.")
+@click.option("--out", type=NewFile(), default=Path("profiles.png"), help="The image.")
 def plot(files: tuple[Path, ...], out: Path) -> None:
     """Draw profiles into one image; needs matplotlib."""
     with reported_errors():
@@ -179,14 +164,15 @@ def _read(files: tuple[Path, ...]) -> list[Named]:
 
 def _report(name: str, made: DeviceProfile, json_path: Path | None) -> None:
     from wdmoe.device.profile_tables import profile_table
-    from wdmoe.profiles.device_profile import encode_profile, write_profile
+    from wdmoe.profiles.device_profile import encode_profile
 
     if json_path is not None and str(json_path) == "-":
         click.echo(encode_profile(made), nl=False)
         return
-    if json_path is not None:
-        write_profile(json_path, made)
     _print(profile_table(name, made))
+    if json_path is not None:
+        with written_whole(json_path) as partial:
+            partial.write_bytes(encode_profile(made))
 
 
 def _print(what: Any) -> None:

@@ -25,6 +25,7 @@ class DeviceConfig:
     name: str | None = None  # None: the folder's device-K
     engine: str = "auto"
     threads: int = 1
+    profile: Path | None = None  # that bench wrote; None: a short measurement at the start
     enrol: str | None = None  # a token, on the first start
     insecure: bool = False  # do not encrypt although the base station is on the network
     encrypt: bool = False  # encrypt although it is on this machine

@@ -12,7 +12,7 @@ import numpy as np
 from wdmoe.device.benching import software_of, staging_point
 from wdmoe.device.machine import hardware_name
 from wdmoe.device.verdicts import Verdicts
-from wdmoe.profiles.device_profile import VERSION, DeviceProfile
+from wdmoe.profiles.device_profile import VERSION, DeviceProfile, read_profile
 from wdmoe.runtime.engines import ENGINES, ExpertEngine, engine_identity, load_engine, prepare_engine
 from wdmoe.runtime.engines.timing import quick_points
 from wdmoe.runtime.errors import BundleError, EngineError
@@ -120,6 +120,20 @@ def quick_profile(engine: ExpertEngine, manifest: DeviceManifest) -> DeviceProfi
         points=quick_points(engine, experts, model.d_model),
         staging=(staging_point(np.ones((_STAGED_ROWS, model.d_model), np.float32)),),
     )
+
+
+def kept_profile(path: Path, engine: ExpertEngine, manifest: DeviceManifest) -> DeviceProfile:
+    """Read what `bench` measured earlier.
+
+    Raises:
+        ValueError: it is not of this machine, engine or slice.
+    """
+    profile, model = read_profile(path), manifest.model
+    told = (profile.origin, profile.device, profile.engine, profile.precision, profile.d_model, profile.d_ff)
+    here = ("measured", hardware_name(), engine.name, manifest.precision, model.d_model, model.d_ff)
+    if told != here:
+        raise ValueError(f"--profile {path} is of {told}, this is {here}; measure again with wdmoe-device bench")
+    return profile
 
 
 def engine_names(choice: str) -> tuple[str, ...]:

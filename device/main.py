@@ -14,7 +14,7 @@ from types import FrameType
 
 from wdmoe.device.config import DeviceConfig
 from wdmoe.device.enrolment import enrol, enrolled_keys, keys_to_enrol
-from wdmoe.device.loading import choose_engine, engine_names, quick_profile, say_to_stderr
+from wdmoe.device.loading import choose_engine, engine_names, kept_profile, quick_profile, say_to_stderr
 from wdmoe.device.loopback import LoopbackMeter
 from wdmoe.device.service import DeviceService
 from wdmoe.device.serving import serve
@@ -43,8 +43,8 @@ def run(config: DeviceConfig) -> int:
     folders = device_folders(config.bundle)
     if folders == [config.bundle]:
         return serve_folder(config)
-    if config.name is not None or config.enrol is not None:
-        option = "--name" if config.name is not None else "--enrol"
+    if given := [name for name in ("name", "enrol", "profile") if getattr(config, name) is not None]:
+        option = f"--{given[0]}"
         raise ValueError(f"{option} is for one device, {config.bundle} holds {len(folders)}; give one device-K folder")
     with tempfile.TemporaryDirectory(prefix="wdmoe-channel-") as scratch:
         if config.link is not None and config.channel is None:
@@ -90,7 +90,10 @@ def serve_folder(config: DeviceConfig) -> int:
     engine = choose_engine(
         config.bundle, manifest, engine_names(config.engine), config.threads, lambda t: say_to_stderr(f"{name}: {t}")
     )
-    profile = quick_profile(engine, manifest)
+    if config.profile is None:
+        profile = quick_profile(engine, manifest)
+    else:
+        profile = kept_profile(config.profile, engine, manifest)
     curve = ", ".join(f"{point.tokens}: {point.p50_ms:.2f}" for point in profile.points)
     say_to_stderr(f"{name}: measured ms per expert call by tokens: {curve}")
     air = meter = None

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from wdmoe.device.info import Library, advice
 from wdmoe.profiles.device_profile import DeviceProfile
+from wdmoe.runtime.outputs import written_whole
 
 _MARKERS = "osD^vPX*"  # of curves in a plot
 Named = tuple[str, DeviceProfile]  # the file's name
@@ -99,6 +100,8 @@ def plot_profiles(profiles: Sequence[Named], out: Path) -> None:
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: the ending of the image is of no known format.
+        OutputError: the image cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -115,7 +118,8 @@ def plot_profiles(profiles: Sequence[Named], out: Path) -> None:
     axes.grid(alpha=0.25)
     for text in figure.legend(loc="outside lower left", frameon=False).get_texts():
         text.set_parse_math(False)  # a file may have a dollar in its name
-    figure.savefig(out, dpi=140)
+    with written_whole(out) as partial:
+        figure.savefig(partial, dpi=140, format=out.suffix[1:] or "png")
 
 
 def _facts(profile: DeviceProfile) -> dict[str, str]:

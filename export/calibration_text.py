@@ -22,6 +22,9 @@ TOKENIZER_NAME = "tokenizer.json"
 # Read for each token of a window; English takes 4 to 5. A stretch that gives too few tokens is left out.
 _BYTES_PER_TOKEN = 8
 _HELD_OUT_EVERY = 8  # one window in so many is kept to judge by
+# Of an end-to-end distillation: windows to plan by, to fit by and to judge by; all others are to train on.
+_PLAN_WINDOWS = _FIT_WINDOWS = _JUDGE_WINDOWS = 32
+_TOKENS_PER_EXPERT = 16  # in the windows that are planned by, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,43 @@ class Windows:
         number = np.arange(len(self.token_ids))
         kept: npt.NDArray[np.bool_] = (number % _HELD_OUT_EVERY == _HELD_OUT_EVERY - 1) | (number == number[-1])
         return kept
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Windows by what they serve, [windows, tokens] each."""
+
+    plan: IntArray
+    fit: IntArray
+    train: IntArray  # shuffled
+    held_out: IntArray
+
+
+def windows_wanted(steps: int, batch: int) -> int:
+    """Return how many windows an end-to-end distillation reads if no text is read twice."""
+    return _PLAN_WINDOWS + _FIT_WINDOWS + _JUDGE_WINDOWS + steps * batch
+
+
+def split_windows(windows: Windows, seed: int, experts: int) -> Split:
+    """Deal windows out for an end-to-end distillation; of few, a quarter each to plan by and to fit by.
+
+    Raises:
+        CheckpointError: there are too few; names the remedy.
+    """
+    held_out = np.flatnonzero(windows.held_out)
+    judged = held_out[np.linspace(0, len(held_out), min(len(held_out), _JUDGE_WINDOWS), endpoint=False).astype(int)]
+    rest = np.setdiff1d(np.arange(len(windows.token_ids)), judged)
+    rest = np.random.default_rng(seed).permutation(rest)
+    plan = min(_PLAN_WINDOWS, len(rest) // 4)
+    fit = plan + min(_FIT_WINDOWS, len(rest) // 4)
+    tokens = plan * windows.token_ids.shape[1]
+    if tokens < (needed := _TOKENS_PER_EXPERT * experts):
+        raise CheckpointError(
+            f"the calibration text leaves {tokens} tokens to plan {experts} experts by, and training more; at least "
+            f"{needed} are needed: add files to --calibration, or raise --tokens"
+        )
+    ids = windows.token_ids
+    return Split(ids[rest[:plan]], ids[rest[plan:fit]], ids[rest[fit:]], ids[judged])
 
 
 def calibration_windows(checkpoint: Checkpoint, files: Sequence[Path], n_tokens: int, window: int) -> Windows:

@@ -20,6 +20,7 @@ from wdmoe.runtime.manifest import FileEntry, sha256_of
 from wdmoe.runtime.tensor_file import map_tensors
 
 RECORD_NAME = "carving.json"
+END_TO_END = "end-to-end"  # of --distil
 _VERSION = 1
 
 FloatArray = npt.NDArray[np.float32]
@@ -56,14 +57,7 @@ class CarveState:
         """
         folder.mkdir(exist_ok=True)
         self._folder, self._recipe = folder, dict(recipe)
-        self._lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise CheckpointError(
-                f"{folder}: another carving is writing there; wait for it or choose another --out"
-            ) from error
+        self._lock = lock_folder(folder)
         self.blocks, self._hidden = self._read()
         self._clear()
 
@@ -146,6 +140,46 @@ class CarveState:
 def shard_name(number: int, n_blocks: int) -> str:
     """Name the file of a block, from 0; the one after the last block holds what is outside of the blocks."""
     return f"model-{number + 1:05d}-of-{n_blocks + 1:05d}.safetensors"
+
+
+def lock_folder(folder: Path) -> int:
+    """Take a folder for this process alone, until the handle that is returned is closed.
+
+    Raises:
+        CheckpointError: another process has it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise CheckpointError(
+            f"{folder}: another carving is writing there; wait for it or choose another --out"
+        ) from error
+    return handle
+
+
+def check_unfinished(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """Refuse to throw an unfinished training away: hours may be in it.
+
+    Args:
+        folder: of an unfinished carving, if there is one.
+        recipe: of the carving that is asked for.
+
+    Raises:
+        CheckpointError: names what differs.
+    """
+    record = read_record(folder)
+    before = record.get("recipe") if record else None
+    if not isinstance(before, dict) or before.get("distil") != END_TO_END:
+        return
+    differs = sorted(name for name in {*before, *recipe} - {"made_by"} if before.get(name) != recipe.get(name))
+    if differs:
+        name = differs[0]
+        raise CheckpointError(
+            f"{folder}: holds an unfinished training of another carving ({name} {before.get(name)}, asked for "
+            f"{recipe.get(name)}); give the command as it was to go on, choose another --out, or remove the folder"
+        )
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

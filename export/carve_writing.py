@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,8 @@ _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _FLOAT16_LIMIT = 65520.0  # rounds to infinity
 
+_NOTHING: Mapping[str, FloatArray] = {}
+
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> safetensors dtype, shape
 
 
@@ -40,33 +42,49 @@ def as_stored(model: DenseModel, block: int, values: FloatArray) -> FloatArray:
     return to_float32(_encoded(values, dtype, f"router of block {block}"), dtype)
 
 
-def write_block(folder: Path, model: DenseModel, block: int, weights: FfnWeights, plan: BlockPlan) -> FileEntry:
+def write_block(
+    folder: Path,
+    model: DenseModel,
+    block: int,
+    weights: FfnWeights,
+    plan: BlockPlan,
+    replaced: Mapping[str, FloatArray] = _NOTHING,
+) -> FileEntry:
     """Write the file of a block: what is not feed-forward byte for byte, the rest in the feed-forward's own precision.
+
+    Args:
+        folder: of the new checkpoint.
+        model: the dense model.
+        block: its number.
+        weights: of its feed-forward.
+        plan: how that is carved.
+        replaced: values of dense tensors that were trained; written in the precision of the dense ones.
 
     Raises:
         CheckpointError: a weight does not fit into float16 once it is multiplied as the carved block needs it.
     """
     path, dtype = folder / shard_name(block, model.layout.spec.n_blocks), _stored_dtype(model, block)
     carved = {_below(block, name): values for name, values in carve_block(weights, plan, model.shape).items()}
-    layout = _layout(model, model.copied[block]) | {name: (dtype, values.shape) for name, values in carved.items()}
+    layout = _layout(model, model.copied[block], replaced)
+    layout |= {name: (dtype, values.shape) for name, values in carved.items()}
     with TensorWriter(path, _widest_first(layout)) as writer:
         for name in writer.spans:
             if name in carved:
                 writer.write(_encoded(carved.pop(name), dtype, name))
             else:
-                _copy(writer, model, name)
+                _copy(writer, model, name, replaced)
         entry = writer.finish()
         writer.rename(path)
     return entry
 
 
-def write_rest(folder: Path, model: DenseModel) -> None:
+def write_rest(folder: Path, model: DenseModel, replaced: Mapping[str, FloatArray] = _NOTHING) -> None:
     """Write all but the blocks: embedding, final norm, head, index, config, tokenizer, licence."""
     n_blocks = model.layout.spec.n_blocks
     path = folder / shard_name(n_blocks, n_blocks)
-    with TensorWriter(path, _widest_first(_layout(model, model.copied[-1]))) as writer:
+    with TensorWriter(path, _widest_first(_layout(model, model.copied[-1], replaced))) as writer:
         for name in writer.spans:
-            _copy(writer, model, name)
+            _copy(writer, model, name, replaced)
         writer.finish()
         writer.rename(path)
     where: dict[str, str] = {}
@@ -130,9 +148,11 @@ def _carved_layout(model: DenseModel, block: int) -> Layout:
     }
 
 
-def _layout(model: DenseModel, names: Sequence[str]) -> Layout:
+def _layout(model: DenseModel, names: Sequence[str], replaced: Mapping[str, FloatArray] = _NOTHING) -> Layout:
     spans = {name: model.checkpoint.span(name) for name in names}
-    return {name: (span.dtype, span.shape) for name, span in spans.items()}
+    return {
+        name: (_writable(span.dtype) if name in replaced else span.dtype, span.shape) for name, span in spans.items()
+    }
 
 
 def _widest_first(layout: Layout) -> Layout:
@@ -141,7 +161,11 @@ def _widest_first(layout: Layout) -> Layout:
 
 
 def _stored_dtype(model: DenseModel, block: int) -> str:
-    dtype = model.checkpoint.span(ffn_names(block)[0]).dtype
+    return _writable(model.checkpoint.span(ffn_names(block)[0]).dtype)
+
+
+def _writable(dtype: str) -> str:
+    """Return the type for values that were computed, in float32, from tensors of this one."""
     return "F32" if dtype == "F64" else dtype
 
 
@@ -149,7 +173,10 @@ def _below(block: int, name: str) -> str:
     return f"model.layers.{block}.mlp.{name}"
 
 
-def _copy(writer: TensorWriter, model: DenseModel, name: str) -> None:
+def _copy(writer: TensorWriter, model: DenseModel, name: str, replaced: Mapping[str, FloatArray]) -> None:
+    if name in replaced:
+        writer.write(_encoded(replaced[name], writer.spans[name].dtype, name))
+        return
     for piece in model.checkpoint.pieces(name):
         writer.write(piece)
 

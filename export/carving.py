@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from wdmoe.export.calibration_text import Windows, calibration_windows
+from wdmoe.export.calibration_text import Windows, calibration_windows, split_windows, windows_wanted
 from wdmoe.export.carve import BlockPlan, FfnWeights, FloatArray, plan_block
-from wdmoe.export.carve_state import BlockReport, CarveState, read_record
+from wdmoe.export.carve_state import END_TO_END, BlockReport, CarveState, check_unfinished, read_record
 from wdmoe.export.carve_writing import as_stored, bring_to_disk, check_room, write_block, write_rest
 from wdmoe.export.checkpoint import open_checkpoint
 from wdmoe.export.conversion import to_float32
@@ -27,11 +27,13 @@ from wdmoe.export.dense_forward import Attention, add_feed_forward, rms_norm
 from wdmoe.export.distilling import carved_down, fit_down, relative_error
 from wdmoe.runtime.errors import CheckpointError
 
-Distil = Literal["none", "layer"]
+Distil = Literal["none", "layer", "end-to-end"]
+TorchDevice = Literal["auto", "cpu", "cuda"]
 OnPhase = Callable[[int, str], None]  # block, what is done to it; called when it begins
 
 PHASES = ("attention", "planning", "fitting", "writing")  # of each block
 _RECIPE_VERSION = 1  # raise it when the same options are to give other files
+_TOKENS = 32_768  # of calibration text
 _PLAN_ROWS = 8192
 _PLAN_BYTES = 1 << 28  # of the activations [rows, neurons] that a plan is made from; five such arrays are alive
 
@@ -46,9 +48,23 @@ class CarveConfig:
     top_k: int = 2
     shared: int | None = None  # neurons; None: half of a block's
     distil: Distil = "layer"
-    tokens: int = 32_768  # of calibration text
+    tokens: int | None = None  # of calibration text; None: 32,768, or what the training steps need
     window: int = 512  # tokens
     seed: int = 0
+    # Of distillation end to end alone:
+    expert_neurons: int | None = None  # of a routed expert; None: as many as leave a third of a block idle
+    steps: int = 800
+    batch: int = 4  # windows of a step
+    rank: int = 12  # of what is changed in the matrices
+    rate: float = 1.5e-3
+    torch_device: TorchDevice = "auto"
+    compiled: bool = True  # by torch.compile; the result differs by rounding
+    recompute: bool = False  # less memory, more time, the same result
+
+    @property
+    def end_to_end(self) -> bool:
+        """Whether the carved model is trained."""
+        return self.distil == END_TO_END
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,7 @@ class CarvePlan:
     def recipe(self) -> dict[str, Any]:
         """All that decides what is written."""
         config, checkpoint = self.config, self.model.checkpoint
+        training = ("steps", "batch", "rank", "rate") if config.end_to_end else ()
         return {
             "version": _RECIPE_VERSION,
             "made_by": f"wdmoe {version('wdmoe')}",
@@ -80,13 +97,27 @@ class CarvePlan:
             "calibration_sha256": hashlib.sha256(self.windows.token_ids.tobytes()).hexdigest(),
             "window": config.window,
             "seed": config.seed,
+            **{name: getattr(config, name) for name in training},
         }
 
     @property
     def active_share(self) -> float:
         """Share of a block's neurons that work on a token."""
         shape = self.model.shape
-        return (shape.shared + shape.experts_per_token * shape.expert_neurons) / shape.neurons
+        return (shape.shared + shape.experts_per_token * shape.expert_neurons) / self.model.neurons
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a distillation end to end has come."""
+
+    phase: str  # calibrating, planning, fitting, judging, training, writing
+    done: int
+    total: int  # windows, blocks, or steps
+    text: str = ""  # what was measured
+
+
+OnProgress = Callable[[Progress], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +126,8 @@ class Carved:
 
     out: Path
     already_there: bool
-    blocks: tuple[BlockReport, ...]
+    blocks: tuple[BlockReport, ...]  # none after a training
+    figures: dict[str, float] = field(default_factory=dict)  # of a training: perplexities on held-out text
 
 
 def plan_carving(folder: Path, config: CarveConfig) -> CarvePlan:
@@ -106,18 +138,34 @@ def plan_carving(folder: Path, config: CarveConfig) -> CarvePlan:
         ValueError: the neurons cannot be dealt out as asked.
     """
     checkpoint = open_checkpoint(folder)
-    model = dense_model(checkpoint, experts=config.experts, top_k=config.top_k, shared=config.shared)
+    if config.expert_neurons is not None and not config.end_to_end:
+        raise ValueError("--expert-neurons: experts overlap only with --distil end-to-end; give --shared instead")
+    model = dense_model(
+        checkpoint,
+        experts=config.experts,
+        top_k=config.top_k,
+        shared=config.shared,
+        overlap=config.end_to_end,
+        expert_neurons=config.expert_neurons,
+    )
     if config.window > model.layout.spec.max_positions:
         raise ValueError(
             f"--window {config.window} is more than the model's {model.layout.spec.max_positions} positions"
         )
-    return CarvePlan(model, calibration_windows(checkpoint, config.calibration, config.tokens, config.window), config)
+    tokens = config.tokens
+    if tokens is None:
+        tokens = config.window * windows_wanted(config.steps, config.batch) if config.end_to_end else _TOKENS
+    plan = CarvePlan(model, calibration_windows(checkpoint, config.calibration, tokens, config.window), config)
+    if config.end_to_end:
+        split_windows(plan.windows, config.seed, config.experts)
+    return plan
 
 
 def carve_checkpoint(
     plan: CarvePlan,
     on_phase: OnPhase = lambda _block, _phase: None,
     on_block: Callable[[int, BlockReport], None] = lambda _block, _report: None,
+    on_progress: OnProgress = lambda _progress: None,
 ) -> Carved:
     """Write the carved checkpoint.
 
@@ -125,6 +173,7 @@ def carve_checkpoint(
         plan: of `plan_carving`.
         on_phase: told what begins.
         on_block: told of each block that is finished, those of an earlier, interrupted run too.
+        on_progress: told instead of these two how a distillation end to end goes on.
 
     Raises:
         CheckpointError: something else is at the place of the result, or there is no room for it.
@@ -134,9 +183,17 @@ def carve_checkpoint(
         record = read_record(out) if out.is_dir() else None
         if record is None or record.get("recipe") != recipe:
             raise CheckpointError(f"{out}: already there and not this carving; choose another --out or remove it")
-        return Carved(out, True, tuple(BlockReport(**block) for block in record["blocks"]))
+        blocks = tuple(BlockReport(**block) for block in record["blocks"])
+        return Carved(out, True, blocks, record.get("figures", {}))
     partial = out.with_name(out.name + ".partial")
     out.parent.mkdir(parents=True, exist_ok=True)
+    check_unfinished(partial, recipe)
+    if plan.config.end_to_end:
+        from wdmoe.export.training.end_to_end import carve_end_to_end
+
+        figures = carve_end_to_end(plan, partial, on_progress)
+        _give_name(partial, out)
+        return Carved(out, False, (), figures)
     with CarveState(partial, recipe) as state:
         check_room(partial, model, len(state.blocks), 2 * 4 * plan.windows.token_ids.size * model.layout.spec.d_model)
         for number, report in enumerate(state.blocks):
@@ -144,12 +201,16 @@ def carve_checkpoint(
         _carve_blocks(partial, plan, state, on_phase, on_block)
         write_rest(partial, model)
         state.close_record()
-        if out.exists():
-            out.rmdir()  # empty, see above
-        bring_to_disk(partial)
-        partial.rename(out)
-        bring_to_disk(out.parent)
+        _give_name(partial, out)
     return Carved(out, False, tuple(state.blocks))
+
+
+def _give_name(partial: Path, out: Path) -> None:
+    if out.exists():
+        out.rmdir()  # empty, as was checked
+    bring_to_disk(partial)
+    partial.rename(out)
+    bring_to_disk(out.parent)
 
 
 def _carve_blocks(

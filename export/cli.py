@@ -13,6 +13,7 @@ import click
 
 from wdmoe.export.cli_carve import carve
 from wdmoe.export.cli_common import plain_errors, progress_lines, refuse_options_before, usage_errors
+from wdmoe.runtime.outputs import NewFile, written_whole
 
 if TYPE_CHECKING:
     from wdmoe.export.bundle import ExportConfig, ExportPlan
@@ -348,7 +349,7 @@ def inspect(folder: Path, as_json: bool) -> None:
 )  # fmt: skip
 @click.option("--tokens", type=click.IntRange(min=2), default=8192, show_default=True, help="Of all texts together.")
 @click.option(
-    "--counts", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    "--counts", type=NewFile(), metavar="FILE",
     help="Write how often each expert was chosen there, for --counts of a placement.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -371,9 +372,8 @@ def calibrate(bundle: Path, texts: tuple[Path, ...], tokens: int, counts: Path |
             )
         result = json.dumps(calibration_json(read_manifest(bundle / "bs", BsManifest)))
         if counts is not None:
-            partial = counts.with_name(counts.name + ".partial")
-            partial.write_text(result + "\n", encoding="utf-8")
-            partial.replace(counts)
+            with written_whole(counts) as partial:
+                partial.write_text(result + "\n", encoding="utf-8")
     if as_json:
         click.echo(result)
         return

@@ -40,6 +40,7 @@ class DenseModel:
     """A dense checkpoint that was found fit to be carved."""
 
     checkpoint: Checkpoint
+    neurons: int  # of a dense block
     shape: CarveShape
     config: dict[str, Any]  # config.json of the carved checkpoint
     layout: ModelLayout  # of the carved checkpoint; what is not feed-forward has the same names in both
@@ -75,14 +76,26 @@ def ffn_names(block: int) -> tuple[str, str, str]:
     return feed_forward(f"model.layers.{block}.mlp")
 
 
-def dense_model(checkpoint: Checkpoint, *, experts: int = 8, top_k: int = 2, shared: int | None = None) -> DenseModel:
+def dense_model(
+    checkpoint: Checkpoint,
+    *,
+    experts: int = 8,
+    top_k: int = 2,
+    shared: int | None = None,
+    overlap: bool = False,
+    expert_neurons: int | None = None,
+) -> DenseModel:
     """Check a dense checkpoint.
 
     Args:
         checkpoint: of the dense model.
         experts: routed experts of a block.
         top_k: experts of a token.
-        shared: neurons of the shared expert; None: half of the block's, or as few more as make experts of a good width.
+        shared: neurons of the shared expert; None: half of the block's, or as few more as make experts of a good width;
+            a third where experts overlap.
+        overlap: whether a neuron may be in several experts, or in none.
+        expert_neurons: neurons of a routed expert, where they overlap; None: as many as leave a third of the block
+            idle on a token.
 
     Raises:
         CheckpointError: it cannot be carved; names the field or tensor, and what to do.
@@ -99,10 +112,14 @@ def dense_model(checkpoint: Checkpoint, *, experts: int = 8, top_k: int = 2, sha
         )
     _check_attention(config, f"{where}")
     fields = Config(config, checkpoint.json("generation_config.json") or {}, checkpoint.names)
-    shape = carve_shape(fields.count("intermediate_size"), experts, top_k, shared)
+    neurons = fields.count("intermediate_size")
+    if overlap:
+        shape = overlapping_shape(neurons, experts, top_k, shared, expert_neurons)
+    else:
+        shape = carve_shape(neurons, experts, top_k, shared)
     carved = _carved_config(config, shape)
     layout = FAMILIES[_TYPE](Config(carved, fields.generation, checkpoint.names), checkpoint.folder.resolve().name)
-    model = DenseModel(checkpoint, shape, carved, layout)
+    model = DenseModel(checkpoint, neurons, shape, carved, layout)
     _check_tensors(model)
     return model
 
@@ -129,6 +146,35 @@ def carve_shape(neurons: int, experts: int, top_k: int, shared: int | None) -> C
             f"experts; give --shared {fewer if fewer == more else f'{fewer} or {more}'}"
         )
     return CarveShape(shared, experts, routed // experts, top_k)
+
+
+def overlapping_shape(
+    neurons: int, experts: int, top_k: int, shared: int | None, expert_neurons: int | None
+) -> CarveShape:
+    """Size experts that may have neurons in common; unless told otherwise, two thirds of a block work on a token.
+
+    Raises:
+        ValueError: there are no such experts; names what can be.
+    """
+    if not 2 <= top_k < experts:
+        raise ValueError(
+            f"--top-k {top_k} of --experts {experts}: a router is trained by how it weighs the chosen experts, so at "
+            "least 2 and not all of them must be chosen; see --distil layer for other shapes"
+        )
+    shared = _good_width(neurons // 3) if shared is None else shared
+    if expert_neurons is None:
+        expert_neurons = _good_width((neurons * 2 // 3 - shared) // top_k)
+    if shared < 1 or shared + expert_neurons > neurons:
+        raise ValueError(
+            f"--shared {shared} and --expert-neurons {expert_neurons}: a block has {neurons} neurons, and the shared "
+            f"expert and one routed expert have none in common; give --shared {neurons // 3} --expert-neurons "
+            f"{max(1, neurons // 3 // top_k)}, or another pair that fits"
+        )
+    return CarveShape(shared, experts, expert_neurons, top_k)
+
+
+def _good_width(width: int) -> int:
+    return width - width % WIDTH_STEP if width > WIDTH_STEP else max(1, width)
 
 
 def _check_attention(config: Mapping[str, Any], where: str) -> None:
@@ -169,7 +215,7 @@ def _carved_config(dense: Mapping[str, Any], shape: CarveShape) -> dict[str, Any
 def _check_tensors(model: DenseModel) -> None:
     """Check that the checkpoint has every tensor in the shape that its config implies, and none besides."""
     checkpoint, layout = model.checkpoint, model.layout
-    spec, neurons = layout.spec, model.shape.neurons
+    spec, neurons = layout.spec, model.neurons
     expected: dict[str, tuple[int, ...]] = {layout.embedding: (spec.vocab_size, spec.d_model)}
     if not layout.tied_head:
         expected[layout.head] = (spec.vocab_size, spec.d_model)

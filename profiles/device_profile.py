@@ -166,10 +166,3 @@ def read_profile(path: Path) -> DeviceProfile:
 def encode_profile(profile: DeviceProfile) -> bytes:
     """Turn a profile into JSON that a person can read."""
     return msgspec.json.format(msgspec.json.encode(profile), indent=1) + b"\n"
-
-
-def write_profile(path: Path, profile: DeviceProfile) -> None:
-    """Write a profile as JSON, under a temporary name first."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(encode_profile(profile))
-    partial.replace(path)

@@ -6,6 +6,7 @@ WdmoeError
 ├── DataError            evaluation rows are missing, damaged or do not fit the model
 ├── ProtocolError        a message is malformed, oversized or of another version
 ├── EngineError          an engine cannot be had, or gives wrong numbers
+├── OutputError          a result cannot be written where it should go
 └── DeviceError          something about one device; carries its name
     ├── DeviceTimeout    it missed a deadline
     ├── DeviceFailed     it answered with an error, or with rows that are not finite
@@ -41,6 +42,10 @@ class KeyFileError(WdmoeError):
 
 class EngineError(WdmoeError):
     """An engine cannot be had on this machine, or gives wrong numbers."""
+
+
+class OutputError(WdmoeError):
+    """A result cannot be written where it should go."""
 
 
 class DeviceError(WdmoeError):

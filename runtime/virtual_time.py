@@ -84,7 +84,11 @@ class VirtualWorker(Generic[Result]):
     """Runs each job when it is submitted, and says that it has ended when its declared time is over; see `Worker`."""
 
     def __init__(
-        self, clock: VirtualClock, cost_s: Callable[[Result | None], float], wake_at: Callable[[float], None]
+        self,
+        clock: VirtualClock,
+        cost_s: Callable[[Result | None], float],
+        wake_at: Callable[[float], None],
+        on_job: Callable[[Result | None, float, float], None] = lambda result, began_s, ended_s: None,
     ) -> None:
         """Start idle.
 
@@ -92,10 +96,12 @@ class VirtualWorker(Generic[Result]):
             clock: of the loop.
             cost_s: how long a job takes, by its result; None for one that failed.
             wake_at: called with the moment at which a job will have ended.
+            on_job: told each result with the moments between which it is worked on.
         """
         self._clock = clock
         self._cost_s = cost_s
         self._wake_at = wake_at
+        self._on_job = on_job
         self._ended: list[tuple[float, Done[Result]]] = []  # ascending: one job after another
         self._free_s = float("-inf")
 
@@ -103,8 +109,10 @@ class VirtualWorker(Generic[Result]):
         """Run a job; it counts as ended when those before it and its own time are over."""
         done = run_job(job)
         took_s = self._cost_s(done.result)
-        self._free_s = max(self._clock.now_s(), self._free_s) + took_s
+        began_s = max(self._clock.now_s(), self._free_s)
+        self._free_s = began_s + took_s
         self._ended.append((self._free_s, Done(done.result, done.error, took_s)))
+        self._on_job(done.result, began_s, self._free_s)
         self._wake_at(self._free_s)
 
     def due(self) -> bool:

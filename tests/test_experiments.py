@@ -24,7 +24,7 @@ for needed in ("onnxruntime", "matplotlib", "lm_eval"):
     pytest.importorskip(needed, reason="needs the extras `eval` and `cpu`")
 
 from scripts.experiments._frame import bootstrap, ratio_of_sums, spell
-from scripts.experiments._run import FINDINGS, modules, with_findings
+from scripts.experiments._run import FINDINGS, WALL_TIMES, modules, wall_times, with_findings
 
 RUN = ROOT / "scripts" / "experiments" / "_run.py"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -162,6 +162,19 @@ def test_findings_go_between_their_markers_and_nowhere_else() -> None:
         with_findings(page, {"z": "new"})
 
 
+def test_wall_times_stand_with_their_machines() -> None:
+    one = {"wall_s": 90.0, "hardware": "a board", "cpus": 2}
+    assert f"<!-- finding: {WALL_TIMES} -->" in FINDINGS.read_text()
+    said, rows = wall_times({"x": one, "y": one, "kept before it was recorded": {}}).split("\n\n")
+    assert said == "Measured on a board, 2 CPUs." and rows.splitlines()[2:] == [
+        "| x | 1.5 |",
+        "| y | 1.5 |",
+        "| all | 3.0 |",
+    ]
+    said, rows = wall_times({"x": one, "y": one | {"cpus": 4}}).split("\n\n")
+    assert said == "Measured on 1: a board, 2 CPUs; 2: a board, 4 CPUs." and "| y | 1.5 | 2 |" in rows
+
+
 def run(*options: object, timeout_s: float = 280) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, str(RUN), *map(str, options)]
     return subprocess.run(line, capture_output=True, text=True, timeout=timeout_s, check=False)
@@ -173,6 +186,7 @@ def test_what_is_finished_is_kept_until_its_settings_change(tmp_path: Path) -> N
     assert first.returncode == 0, first.stderr
     written = (tmp_path / "out" / "e01_one_layer.json").read_bytes()
     assert json.loads(written)["finding"] in (tmp_path / "out" / "findings.md").read_text()
+    assert json.loads(written)["wall_s"] > 0 and "| e01_one_layer | 0." in first.stderr
     second = run(*options, "--short")
     assert second.returncode == 0 and "e01_one_layer: kept" in second.stderr
     assert (tmp_path / "out" / "e01_one_layer.json").read_bytes() == written

@@ -70,7 +70,12 @@ def test_perception_says_who_keeps_up_with_reading(work: Path) -> None:
     cable, radio = (found["links"][link]["exact"] for link in ("ethernet-1g", "wifi-5ghz-mid"))
     assert cable["token"][0] < radio["token"][0] and cable["first"][0] < radio["first"][0]
     assert all(page_s > first_s for page_s in radio["page_s"] for first_s in radio["first_s"])
-    assert "Exact keeps up with reading on" in found["finding"]
+    said, rows = found["finding"].split("\n\n")
+    assert "Exact keeps up with reading on" in said and len(said.split()) < 150
+    assert (
+        len(rows.splitlines()) == 2 + 2 * len(found["links"])
+        and len({row.count("|") for row in rows.splitlines()}) == 1
+    )
 
 
 def test_sets_are_compared_with_exact_row_by_row(work: Path) -> None:
@@ -104,11 +109,14 @@ def test_troubles_show_where_they_are_planted(work: Path) -> None:
     plain, noisy = (found["gate"][what]["exact"]["nats"] for what in ("as it is", "noise 1"))
     assert plain != noisy  # what the router says was changed
     for what, known in (("half as fast", "told"), ("twice as fast", "not corrected")):
-        assert under(found["profile"][what][known], "bottleneck")["latency_over_exact"][0] <= 1.001
-    half, twice = (
-        under(found["profile"][what]["told"], "bottleneck")["latency_ms"] for what in ("half as fast", "twice as fast")
-    )
-    assert min(half) > max(twice) * 0.9 and sum(half) > sum(twice)
-    exact = found["slow_down"]["exact"]
-    assert exact["corrected"] == exact["not corrected"]  # it looks at no latency
-    assert min(exact["corrected"][2:]) > max(exact["corrected"][:2])  # a device became slower between them
+        assert under(found["profile"]["air-bound"][what][known], "bottleneck")["latency_over_exact"][0] <= 1.001
+    for fleet, profiles in found["profile"].items():
+        half, twice = (under(profiles[what]["told"], "bottleneck")["latency_ms"] for what in profiles)
+        assert min(half) > max(twice) * 0.9 and sum(half) > sum(twice)
+        exact = found["slow_down"][fleet]["exact"]
+        assert exact["corrected"] == exact["not corrected"]  # it looks at no latency
+        assert min(exact["corrected"][2:]) > max(exact["corrected"][:2])  # a device became slower between them
+    air, compute = (found["slow_down"][fleet]["exact"]["corrected"] for fleet in ("air-bound", "compute-bound"))
+    assert compute[-1] / compute[0] > air[-1] / air[0]  # where devices are what is waited for, it shows
+    said, *tables = found["finding"].split("\n\n")
+    assert len(said.split()) < 150 and len(tables) == 2 and "Compute-bound, correcting" in said

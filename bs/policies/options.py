@@ -81,6 +81,13 @@ class Options:
         share = self.budget[block if len(self.budget) > 1 else 0]
         return share * float(importance.sum(dtype=np.float64))
 
+    def uncalibrated(self) -> str:
+        """Say that a loss is given, and that nothing is known to keep to it by."""
+        return (
+            f"{self.describe()}: this bundle was not calibrated for loss= with importance={self.importance}; "
+            "run wdmoe-bs calibrate (then record traces again), or give a budget"
+        )
+
     def costs(self, pairs: Floats, importance: Floats, context: Context) -> tuple[Floats, float]:
         """Return what each pair counts if it is left out, and how much all that is left out may count.
 
@@ -96,10 +103,7 @@ class Options:
             return pairs, self.allowance(importance, context.block)
         known = (context.sensitivity or {}).get(self.importance)
         if known is None:
-            raise ValueError(
-                f"{self.describe()}: this bundle was not calibrated for loss= with importance={self.importance}; "
-                "run wdmoe-bs calibrate (then record traces again), or give a budget"
-            )
+            raise ValueError(self.uncalibrated())
         return np.float32(known.nats) * pairs * pairs, self.loss * known.share * len(importance)
 
 

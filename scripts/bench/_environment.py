@@ -97,7 +97,9 @@ def write_json(target: str, result: dict[str, Any]) -> None:
     if target == "-":
         click.echo(text, nl=False)
     else:
-        Path(target).write_text(text)
+        path = Path(target)
+        path.parent.mkdir(parents=True, exist_ok=True)  # what took an hour is not lost for want of a folder
+        path.write_text(text)
 
 
 def progress(line: str) -> None:

@@ -3,7 +3,7 @@
     python scripts/bench/carve_command.py --data-dir DATA --json -
 
 Carves SmolLM2-135M-Instruct (or `--model DENSE`) by a process of its own for each `--case TOPK:DISTIL`, on the first
-19 twentieths of each file of DATA/corpus. Perplexity: transformers, float32, windows of 512 tokens out of the last
+19 twentieths of each file of DATA/corpus; `2:end-to-end` trains for `--steps`. Perplexity: transformers, float32, windows of 512 tokens out of the last
 twentieths, each scored from its second token on. No evaluation row is read.
 """
 
@@ -30,6 +30,7 @@ from wdmoe.export.gguf_checkpoint import GgufCheckpoint, write_checkpoint
 from wdmoe.export.smollm2 import default_cache_dir, source_gguf
 
 _HELD_OUT = 0.05  # of each file, from its end
+_REPORTED = ("active_share", "error_cut", "error", "dense_perplexity", "planned_perplexity", "trained_perplexity")
 _COMMAND = "from wdmoe.export.cli import main; main()"
 
 
@@ -41,12 +42,13 @@ _COMMAND = "from wdmoe.export.cli import main; main()"
 @click.option("--tokens", type=click.IntRange(min=1), default=32768, show_default=True, help="Of calibration.")
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens of a text.")
 @click.option("--windows", type=click.IntRange(min=1), default=24, show_default=True, help="To score.")
+@click.option("--steps", type=click.IntRange(min=1), default=800, show_default=True, help="Of a training.")
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--scratch", type=click.Path(path_type=Path, file_okay=False), default=None, help="Where to work.")
 @click.option("--json", "target", type=click.Path(dir_okay=False, allow_dash=True), required=True)
 def main(
     data_dir: Path, model: Path | None, cases: tuple[str, ...], experts: int, tokens: int, window: int, windows: int,
-    threads: int, scratch: Path | None, target: str,
+    steps: int, threads: int, scratch: Path | None, target: str,
 ) -> None:  # fmt: skip
     """Carve and score; writes JSON to a file or (-) to stdout."""
     import torch
@@ -65,7 +67,9 @@ def main(
         results = []
         for case in cases:
             top_k, distil = case.split(":")
-            done = carve(dense, files, [*options, "--top-k", top_k, "--distil", distil], here / "moe", threads)
+            asked = [*options, "--top-k", top_k, "--distil", distil]
+            asked += ["--steps", str(steps)] if distil == "end-to-end" else []
+            done = carve(dense, files, asked, here / "moe", threads)
             score = perplexity(here / "moe", rows)
             for path in (here / "moe").iterdir():
                 path.unlink()
@@ -145,7 +149,7 @@ def carve(dense: Path, files: Sequence[Path], options: Sequence[str], out: Path,
         "wall_s": time.perf_counter() - started_s,
         "peak_rss_mb": usage.ru_maxrss / 1024,  # KiB on Linux
         **use.since(),
-        **{name: made[name] for name in ("active_share", "error_cut", "error")},
+        **{name: made[name] for name in _REPORTED if name in made},
     }
 
 

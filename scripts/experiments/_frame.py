@@ -10,7 +10,9 @@ import hashlib
 import inspect
 import io
 import json
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,8 @@ COLOURS = {
     "capacity": "#4477aa",
     "bottleneck": "#117733",
 }  # of policies, the same in every plot
+
+MISSES, UNMEASURED = "misses the quality bar", "quality not measured here"  # what hollow markers say
 
 _PLOT_COLOURS = 96
 
@@ -77,7 +81,8 @@ def experiment(
     Args:
         title: one line.
         measure: makes the values.
-        finding: says in one paragraph, with 95 % intervals, what the values show, what did not work included.
+        finding: says with 95 % intervals what the values show, what did not work included: a paragraph, and where there
+            is much to say, a table below it.
         draw: draws them.
     """
     module = Path(inspect.getfile(measure))
@@ -99,7 +104,10 @@ def experiment(
         exit_on_sigterm()
         settings = Settings(**told)
         try:
-            measured = measure(settings) if source is None else json.loads(source.read_bytes())["values"]
+            started_s = time.monotonic()
+            kept = None if source is None else json.loads(source.read_bytes())
+            measured = measure(settings) if kept is None else kept["values"]
+            wall_s = time.monotonic() - started_s if kept is None else kept.get("wall_s")
             values = json.loads(json.dumps(measured, allow_nan=False))
         except WdmoeError as error:
             raise click.ClickException(str(error)) from error
@@ -112,6 +120,8 @@ def experiment(
             "key": settings.key(module),
             "finding": finding(values),
             "values": values,
+            "wall_s": wall_s,  # that measuring took on this machine
+            "cpus": os.cpu_count(),
             **environment(("numpy", "onnxruntime")),
         }
         if plot is not None:
@@ -167,6 +177,50 @@ def error_bars(axes: Axes, x: Sequence[float], intervals: Sequence[Sequence[floa
     axes.errorbar(x, value, yerr=np.maximum(0, [value - low, high - value]), **{"capsize": 2, "marker": "o", **style})
 
 
+def marked_bars(
+    axes: Axes,
+    x: Sequence[float],
+    intervals: Sequence[Sequence[float]],
+    good: Sequence[bool],
+    colour: str,
+    label: str | None = None,
+    **style: Any,
+) -> None:
+    """Draw values with their intervals, hollow where their quality is not known to reach the bar; see `hollow`.
+
+    Args:
+        axes: where.
+        x: of each value.
+        intervals: of each value.
+        good: whether each is at the bar of quality; False also where it was not measured.
+        colour: of all.
+        label: for a legend.
+        style: of markers and line.
+    """
+    shape = {"marker": style.pop("marker", "o"), "ms": style.pop("ms", 4), "color": colour}
+    error_bars(axes, x, intervals, color=colour, marker="", **style)
+    for which, face in ((True, colour), (False, "white")):
+        at = [n for n, one in enumerate(good) if one is which]
+        if at:
+            points = [x[n] for n in at], [intervals[n][0] for n in at]
+            axes.plot(*points, ls="none", markerfacecolor=face, markeredgewidth=1.2, zorder=3, **shape)
+    face = colour if any(good) else "white"
+    axes.plot([], [], ls=style.get("ls", "-"), markerfacecolor=face, label=label, **shape)
+
+
+def hollow(label: str) -> Any:
+    """Return what says in a legend what hollow markers are: no speed is shown without a word on its quality."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], ls="none", marker="o", ms=5, color="#555555", markerfacecolor="white", label=label)
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, the first column to the left and the others to the right."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 # -- intervals ---------------------------------------------------------------------------------------------------------
 
 
@@ -197,7 +251,9 @@ def spell(interval: Sequence[float], form: str = ".3f", unit: str = "") -> str:
 
 
 __all__ = [
+    "MISSES",
     "ROOT",
+    "UNMEASURED",
     "Interval",
     "Settings",
     "Values",
@@ -206,8 +262,11 @@ __all__ = [
     "error_bars",
     "exit_on_sigterm",
     "experiment",
+    "hollow",
+    "marked_bars",
     "progress",
     "ratio_of_sums",
     "spell",
+    "table",
     "write_whole",
 ]

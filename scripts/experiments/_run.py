@@ -4,7 +4,8 @@
     scripts/experiments/run --only e03_bandwidth --only pareto --again
 
 Every module of this folder that does not begin with an underscore is an experiment. Each gets a process of its own. A
-result is kept until its settings or its code change, or --again is given. Exit code 1: an experiment failed; the others
+result is kept until its settings or its code change, or --again is given. At the end stands how long each measured, and
+on what machine; --all writes that into docs/findings.md as well. Exit code 1: an experiment failed; the others
 were run.
 """
 
@@ -24,9 +25,10 @@ import click
 
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT)]
-from scripts.experiments._frame import SMALL_MODEL, WORK, Settings, exit_on_sigterm, progress, write_whole
+from scripts.experiments._frame import SMALL_MODEL, WORK, Settings, exit_on_sigterm, progress, table, write_whole
 
 HERE = Path(__file__).parent
+WALL_TIMES = "wall_times"  # their place on the page
 FINDINGS, PLOTS = ROOT / "docs" / "findings.md", ROOT / "docs" / "plots"
 _MARKED = re.compile(r"(<!-- finding: (\S+) -->\n).*?(<!-- end of finding -->)", re.DOTALL)
 
@@ -58,6 +60,22 @@ def with_findings(page: str, findings: dict[str, str]) -> str:
         return f"{match[1]}{findings[match[2]]}\n{match[3]}" if match[2] in findings else match[0]
 
     return _MARKED.sub(put, page)
+
+
+def wall_times(results: dict[str, dict[str, Any]]) -> str:
+    """Say how long each experiment measured, and on what, from what their results keep."""
+    known = {name: result for name, result in results.items() if result.get("wall_s") is not None}
+    machines = list(dict.fromkeys(f"{result['hardware']}, {result['cpus']} CPUs" for result in known.values()))
+    rows = [
+        [name, f"{result['wall_s'] / 60:.1f}", *([] if len(machines) < 2 else [str(1 + machines.index(machine))])]
+        for name, result in known.items()
+        for machine in [f"{result['hardware']}, {result['cpus']} CPUs"]
+    ]
+    total = sum(result["wall_s"] for result in known.values()) / 60
+    rows.append(["all", f"{total:.1f}", *([] if len(machines) < 2 else [""])])
+    where = "; ".join(f"{n}: {machine}" if len(machines) > 1 else machine for n, machine in enumerate(machines, 1))
+    heads = ("experiment", "wall time, min", *(() if len(machines) < 2 else ("machine",)))
+    return f"Measured on {where or 'no machine that is known'}.\n\n{table(heads, rows)}"
 
 
 def run_one(module: Path, options: Sequence[str]) -> int:
@@ -114,12 +132,17 @@ def main(everything: bool, names: tuple[str, ...], out: Path | None, again: bool
         progress("interrupted; what is finished is kept, the same command goes on from there")
         sys.exit(130)
     done = [name for name in chosen if name not in failed]
-    findings = {name: str(json.loads((results / f"{name}.json").read_bytes())["finding"]) for name in done}
+    found = {name: json.loads((results / f"{name}.json").read_bytes()) for name in done}
+    findings = {name: str(result["finding"]) for name, result in found.items()}
+    took = wall_times(found)
+    if len(done) == len(modules()):
+        findings[WALL_TIMES] = took  # else those of the others would be lost from the page
     try:
         write_whole(page, with_findings(FINDINGS.read_text(), findings).encode())
     except ValueError as error:
         raise click.ClickException(f"{FINDINGS}: {error}") from error
     minutes = (time.monotonic() - started_s) / 60
+    progress(took)
     progress(f"{len(done)} of {len(chosen)} experiments done in {minutes:.1f} min on {os.cpu_count()} CPUs; see {page}")
     if failed:
         progress(f"failed: {', '.join(failed)}")

@@ -8,12 +8,14 @@ gamma makes theta rise until that much is gained. Three unequal devices with equ
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.append(str(Path(__file__).parents[2]))
-from scripts.experiments._frame import Settings, Values, error_bars, experiment, spell
+from scripts.experiments._frame import MISSES, Settings, Values, error_bars, experiment, hollow, marked_bars, spell
 from scripts.experiments._model import TESTBED, compared, open_arm, reaches_bar, read, windows
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 GAMMAS = (1.05, 1.2, 1.5)
 EFFICIENCY, MEDIUM = "6:4:2", "uniform"
+_SAME = 0.005  # of both ratios, below which two points are one to the eye
 
 
 def measure(settings: Settings) -> Values:
@@ -87,20 +90,40 @@ def draw(values: Values, figure: Figure) -> None:
     over_theta.set_xlabel("alpha: where theta begins (gamma = 1)")
     over_theta.set_ylabel("ratio to exact")
     over_theta.legend(fontsize=8)
-    for arms, marker, key, name in (
-        (by_alpha, "o", "alpha", "gamma = 1, over alpha"),
-        (by_gamma, "s", "gamma", "alpha = 0.5, over gamma"),
+    for arms, marker, key, name, colour, beside in (
+        (by_alpha, "o", "alpha", "gamma = 1, over alpha", "#4477aa", (6, 4)),
+        (by_gamma, "s", "gamma", "alpha = 0.5, over gamma", "#cc6677", (-6, -4)),
     ):
-        x, y = ([arm[axis][0] for arm in arms] for axis in ("latency_ratio", "perplexity_ratio"))
-        error_bars(plane, x, [arm["perplexity_ratio"] for arm in arms], marker=marker, linestyle="none", label=name)
-        for arm, at in zip(arms, zip(x, y, strict=True), strict=True):
-            plane.annotate(f"{arm[key]:g}", at, xytext=(5, 4), textcoords="offset points", fontsize=7)
+        x = [arm["latency_ratio"][0] for arm in arms]
+        good = [reaches_bar(arm) for arm in arms]
+        marked_bars(plane, x, [arm["perplexity_ratio"] for arm in arms], good, colour, name, marker=marker, ls="none")
+        for at, text in labels(arms, key):
+            # One series to the right, the other to the left: their points may lie on each other.
+            plane.annotate(
+                text, at, xytext=beside, textcoords="offset points", fontsize=7, color=colour, zorder=4,
+                ha="left" if beside[0] > 0 else "right", va="bottom" if beside[1] > 0 else "top",
+                bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"},
+            )  # fmt: skip
     plane.plot([1], [1], "*", color="black", markersize=9, label="exact")
     plane.axhline(bars["perplexity_ratio"], color="#117733", linestyle="--", linewidth=1, label="bar of quality")
     plane.set_xlabel("latency, ratio to exact (modelled)")
     plane.set_ylabel("perplexity, ratio to exact")
-    plane.legend(fontsize=8)
+    plane.margins(x=0.12)
+    plane.legend(handles=[*plane.get_legend_handles_labels()[0], hollow(MISSES)], fontsize=8)
     figure.suptitle("WLR on three unequal emulated devices, equal shares of the band", fontsize=10)
+
+
+def labels(arms: Sequence[Values], key: str) -> list[tuple[tuple[float, float], str]]:
+    """Return where which setting is named; settings that lie on each other are named together."""
+    found: list[tuple[tuple[float, float], str]] = []
+    for arm in arms:
+        at, text = (arm["latency_ratio"][0], arm["perplexity_ratio"][0]), f"{arm[key]:g}"
+        same = next((n for n, (other, _) in enumerate(found) if math.dist(at, other) < _SAME), None)
+        if same is None:
+            found.append((at, text))
+        else:
+            found[same] = (found[same][0], f"{found[same][1]}, {text}")
+    return found
 
 
 main = experiment("WLR over its threshold", measure, finding, draw)

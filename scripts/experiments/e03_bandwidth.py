@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 sys.path.append(str(Path(__file__).parents[2]))
-from scripts.experiments._frame import Settings, Values, colour_of, experiment, ratio_of_sums, spell
+from scripts.experiments._frame import UNMEASURED, Settings, Values, colour_of, experiment, ratio_of_sums, spell
 from scripts.experiments._model import TESTBED, devices, trace
 from wdmoe.bs.airtime import LatencyModel
 from wdmoe.bs.policies import parse_policy
@@ -103,18 +103,27 @@ def finding(values: Values) -> str:
 
 
 def draw(values: Values, figure: Figure) -> None:
+    from matplotlib.patches import Patch
+
     axes = figure.subplots(1, len(values["places"]), sharey=True)
     for place, (name, found) in zip(axes, values["places"].items(), strict=True):
         for n, policy in enumerate(POLICIES):
             intervals = np.array([found["ratios"][f"{division}, {policy}"] for division in DIVISIONS])
             at = np.arange(len(DIVISIONS)) + 0.27 * (n - 1)
             spreads = np.maximum(0, [intervals[:, 0] - intervals[:, 1], intervals[:, 2] - intervals[:, 0]])
-            place.bar(at, intervals[:, 0], 0.25, yerr=spreads, capsize=2, color=colour_of(policy), label=policy)
+            colour = colour_of(policy)
+            face = colour if policy == "exact" else "white"  # what selection does to answers is not known here
+            place.bar(
+                at, intervals[:, 0], 0.22, yerr=spreads, capsize=2, color=face, edgecolor=colour, ecolor=colour,
+                linewidth=1.4, label=policy,
+            )  # fmt: skip
         place.set_xticks(range(len(DIVISIONS)), DIVISIONS)
         place.set_title(name, fontsize=9)
         place.axhline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
     axes[0].set_ylabel("latency, ratio to exact on uniform shares (modelled)")
-    axes[-1].legend(fontsize=8)
+    unknown = Patch(facecolor="white", edgecolor="#555555", label=UNMEASURED)
+    handles = [*axes[-1].get_legend_handles_labels()[0], unknown]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
 
 
 main = experiment("Bandwidth for each block, static and uniform", measure, finding, draw)

@@ -25,11 +25,13 @@ from processes import device_processes, free_address
 from scripts.bench._system import piqa_questions
 from scripts.experiments._frame import (
     TINY,
+    UNMEASURED,
     Settings,
     Values,
     colour_of,
-    error_bars,
     experiment,
+    hollow,
+    marked_bars,
     progress,
     ratio_of_sums,
     spell,
@@ -226,6 +228,7 @@ def _percent(interval: Sequence[float]) -> str:
 
 def draw(values: Values, figure: Figure) -> None:
     """Draw latency over devices for each medium, and over copies."""
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import NullFormatter, ScalarFormatter, StrMethodFormatter
 
     figure.set_size_inches(11, 6.4)
@@ -235,11 +238,11 @@ def draw(values: Values, figure: Figure) -> None:
         for name, points in values["scale"][medium].items():
             x = [point["devices"] for point in points]
             above.plot(x, [p["latency_mean_ms"] for p in points], color=colour_of(name), label=name, lw=1.2)
-            for fits, fill in ((True, colour_of(name)), (False, "white")):
+            for fits, marker in ((True, "o"), (False, "s")):
                 some = [point for point in points if point["fits"] is fits]
                 above.plot(
-                    [p["devices"] for p in some], [p["latency_mean_ms"] for p in some], "o", ms=3.5,
-                    color=colour_of(name), markerfacecolor=fill,
+                    [p["devices"] for p in some], [p["latency_mean_ms"] for p in some], marker, ms=4, ls="none",
+                    color=colour_of(name), markerfacecolor=colour_of(name) if name == "exact" else "white",
                 )  # fmt: skip
         above.set(xscale="log", yscale="log" if medium == "uniform" else "linear", title=medium, xlabel="devices")
         sizes = [point["devices"] for point in values["scale"][medium]["exact"]]
@@ -252,18 +255,18 @@ def draw(values: Values, figure: Figure) -> None:
             if name == "exact":
                 continue
             shift = 0.05 * (list(values["copies"][medium]).index(name) - 3)
-            error_bars(
-                below, [p["copies"] + shift for p in points], [[100 * end for end in p["gain"]] for p in points],
-                color=colour_of(name), ms=4, lw=1,
-            )  # fmt: skip
+            gains = [[100 * end for end in p["gain"]] for p in points]
+            marked_bars(
+                below, [p["copies"] + shift for p in points], gains, [False] * len(points), colour_of(name), lw=1
+            )
         below.axhline(0, color="#bbbbbb", lw=0.8)
         below.set(xlabel=f"devices for each expert, of {COPIES_ON}", xticks=COPIES)
     axes[0, 0].set_ylabel("ms a window (modelled)")
     axes[1, 0].set_ylabel("latency below exact's, %\n(modelled)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    figure.suptitle(
-        "Scale: above hollow where experts do not fit the devices' memory; below 95 % intervals", fontsize=9
-    )
+    too_large = Line2D([], [], ls="none", marker="s", ms=5, color="#555555", label="experts do not fit the devices")
+    handles = [*axes[0, 0].get_legend_handles_labels()[0], too_large, hollow(UNMEASURED)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8)
+    figure.suptitle("Scale: latency over devices, and over devices for each expert with 95 % intervals", fontsize=9)
 
 
 main = experiment("Two to a thousand devices, experts per device, copies", measure, finding, draw)

@@ -200,6 +200,7 @@ def draw(values: Values, figure: Figure) -> None:
             )  # fmt: skip
         place.axhline(even, color="#bbbbbb", lw=0.8)
         place.set_title(title)
+        place.set_xlim(-0.5, len(groups) - 0.5)
         place.set_xticks(range(len(groups)), list(groups), rotation=35, ha="right")
     figure.legend(*axes[2].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
 

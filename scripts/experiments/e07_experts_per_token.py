@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 sys.path.append(str(Path(__file__).parents[2]))
-from scripts.experiments._frame import Settings, Values, colour_of, error_bars, experiment, spell
+from scripts.experiments._frame import MISSES, Settings, Values, colour_of, experiment, hollow, marked_bars, spell
 from scripts.experiments._model import TESTBED, compared, open_arm, reaches_bar, read, windows
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def draw(values: Values, figure: Figure) -> None:
         pairs = [full, *(arm["pairs_per_token"] for arm in ordered)]
         for axes, key in ((quality, "perplexity_ratio"), (latency, "latency_ratio")):
             intervals = [[1.0] * 3, *(arm[key] for arm in ordered)]
-            error_bars(axes, pairs, intervals, color=colour_of(rule), label=rule, markersize=4)
+            good = [True, *map(reaches_bar, ordered)]
+            marked_bars(axes, pairs, intervals, good, colour_of(rule), rule)
     quality.axhline(
         values["bars"]["perplexity_ratio"], color="#117733", linestyle="--", linewidth=1, label="bar of quality"
     )
@@ -95,7 +96,7 @@ def draw(values: Values, figure: Figure) -> None:
     for axes in (quality, latency):
         axes.set_xlabel("pairs (token, device) sent for a token in a block")
         axes.invert_xaxis()
-    quality.legend(fontsize=8)
+    quality.legend(handles=[*quality.get_legend_handles_labels()[0], hollow(MISSES)], fontsize=8)
     figure.suptitle("How many experts a token gets: three unequal emulated devices, one shared channel", fontsize=10)
 
 

@@ -24,15 +24,18 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parents[2]))
 from scripts.experiments._frame import (
+    UNMEASURED,
     Interval,
     Settings,
     Values,
     bootstrap,
     colour_of,
-    error_bars,
     experiment,
+    hollow,
+    marked_bars,
     progress,
     spell,
+    table,
 )
 from scripts.experiments._model import SAMPLE, TESTBED, bundle, texts
 from scripts.experiments._more import chosen, open_tapped
@@ -155,37 +158,42 @@ def _mean(values: Sequence[float]) -> Interval:
 
 def finding(values: Values) -> str:
     reading_s = values["reading_ms_a_token"] / 1e3
-    said = [
-        (
-            f"Modelled on the testbed's three devices, charged as Mixtral's experts. Reading pace ({WORDS_PER_MINUTE} words a "
-            f"minute, {values['tokens_per_word']:.2f} tokens a word) allows {1e3 * reading_s:.0f} ms a token."
-        )
-    ]
-    for link, policies in values["links"].items():
-        exact = policies["exact"]
-        quick = min((name for name in policies if name != "exact"), key=lambda name: float(policies[name]["first"][0]))
-        best = policies[quick]
-        said.append(
-            f"{link}: the first token of an answer to a question of {values['question_tokens']:.0f} tokens comes after "
-            f"{spell(exact['first'], '.2f')} s under exact ({_class(exact['first'][0])}) and "
-            f"{spell(best['first'], '.2f')} s under {quick} ({_class(best['first'][0])}), of a page of "
-            f"{values['page_tokens']:.0f} tokens after {np.mean(exact['page_s']):.1f} and {np.mean(best['page_s']):.1f} s; "
-            f"each further token takes {_pace(exact['token'], reading_s)} under exact and "
-            f"{_pace(best['token'], reading_s)} under {quick}."
-        )
-    keeping = [link for link, policies in values["links"].items() if policies["exact"]["token"][2] <= reading_s]
+    links = values["links"]
+    keeping = [link for link, policies in links.items() if policies["exact"]["token"][2] <= reading_s]
     changed = [
         f"{name} on {link}"
-        for link, policies in values["links"].items()
+        for link, policies in links.items()
         for name, one in policies.items()
         if one["token"][2] <= reading_s < policies["exact"]["token"][1]
         or _class(one["first"][0]) != _class(policies["exact"]["first"][0])
     ]
-    said.append(
-        f"Exact keeps up with reading on {', '.join(keeping) or 'none of these links'}. A threshold is crossed that exact "
-        f"misses by {', '.join(changed) or 'no policy on any of these links'}; elsewhere a gain is measured, but not felt."
+    said = (
+        f"Modelled on the testbed's three devices, charged as Mixtral's experts; questions of {values['question_tokens']:.0f} "
+        f"tokens, pages of {values['page_tokens']:.0f}. Reading pace ({WORDS_PER_MINUTE} words a minute, "
+        f"{values['tokens_per_word']:.2f} tokens a word) allows {1e3 * reading_s:.0f} ms a token. Exact keeps up with reading "
+        f"on {', '.join(keeping) or 'none of these links'}. A threshold is crossed that exact misses by "
+        f"{', '.join(changed) or 'no policy on any of these links'}; elsewhere a gain is measured, but not felt."
     )
-    return " ".join(said)
+    rows: list[list[str]] = []
+    for link, policies in links.items():
+        quick = min((name for name in policies if name != "exact"), key=lambda name: float(policies[name]["first"][0]))
+        for name in ("exact", quick):
+            one = policies[name]
+            rows.append(
+                [
+                    f"{link}, {name}",
+                    f"{spell(one['first'], '.2f')}",
+                    _class(one["first"][0]),
+                    f"{np.mean(one['page_s']):.1f}",
+                    spell([1e3 * end for end in one["token"]], ".0f"),
+                    _pace(one["token"], reading_s),
+                ]
+            )
+    heads = (
+        "link, exact and the policy that is quickest there", "first token of a question, s", "which is", "of a page, s",
+        "each further token, ms", "than reading",
+    )  # fmt: skip
+    return f"{said}\n\n{table(heads, rows)}"
 
 
 def _class(seconds: float) -> str:
@@ -193,26 +201,21 @@ def _class(seconds: float) -> str:
 
 
 def _pace(interval: Sequence[float], reading_s: float) -> str:
-    verdict = (
-        "faster than reading" if interval[2] <= reading_s else "slower" if interval[1] > reading_s else "as reading"
-    )
-    return f"{spell([1e3 * end for end in interval], '.0f')} ms ({verdict})"
+    return "faster" if interval[2] <= reading_s else "slower" if interval[1] > reading_s else "as fast"
 
 
 def draw(values: Values, figure: Figure) -> None:
     from matplotlib.ticker import NullFormatter
 
-    figure.set_size_inches(10.5, 4.2)
+    figure.set_size_inches(10.5, 4.7)
     axes = figure.subplots(1, 2)
     links = list(values["links"])
     for place, key, title in ((axes[0], "first", "to the first token of a question"), (axes[1], "token", "per token")):
         names = list(values["links"][links[0]])
         for number, name in enumerate(names):
             at = [k + 0.11 * (number - (len(names) - 1) / 2) for k in range(len(links))]
-            error_bars(
-                place, at, [values["links"][link][name][key] for link in links], color=colour_of(name), label=name,
-                ls="none", ms=4,
-            )  # fmt: skip
+            points = [values["links"][link][name][key] for link in links]
+            marked_bars(place, at, points, [name == "exact"] * len(links), colour_of(name), name, ls="none")
         place.set(yscale="log", title=f"seconds {title} (modelled)")
         place.yaxis.set_major_formatter("{x:g}")
         place.yaxis.set_minor_formatter("{x:g}" if key == "token" else NullFormatter())
@@ -232,7 +235,8 @@ def draw(values: Values, figure: Figure) -> None:
     )  # fmt: skip
     low, high = axes[0].get_ylim()
     axes[0].set_ylim(min(0.05, low), max(20.0, high))
-    axes[1].legend(fontsize=7, loc="lower right")
+    handles = [*axes[1].get_legend_handles_labels()[0], hollow(UNMEASURED)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8)
 
 
 main = experiment("What a user feels", measure, finding, draw)

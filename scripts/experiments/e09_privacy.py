@@ -248,26 +248,33 @@ def finding(values: Values) -> str:
 
 def draw(values: Values, figure: Figure) -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
-    colours = ("#222222", "#4477aa", "#ddaa33", "#cc6677", "#882255")
-    for (way, one), colour in zip(values["ways"].items(), colours, strict=False):
+    looks = (("#222222", "s", 8), ("#4477aa", "o", 4), ("#ddaa33", "o", 4), ("#cc6677", "o", 4), ("#882255", "o", 4))
+    for (way, one), (colour, marker, size) in zip(values["ways"].items(), looks, strict=False):
+        # float16 hollow and larger: what int8 does lies on it.
+        drawn = {"color": colour, "label": way, "marker": marker, "ms": size}
+        drawn |= {"markerfacecolor": "none"} if marker == "s" else {}
         points = [[100 * end for end in interval] for interval in one["recovered"]]
-        error_bars(left, values["blocks"], points, color=colour, label=way, ms=4)
+        error_bars(left, values["blocks"], points, **drawn)
         ratio, low, high = one["perplexity_ratio"]
         right.errorbar(
             ratio, np.mean([point[0] for point in points]), xerr=[[max(0, ratio - low)], [max(0, high - ratio)]],
-            marker="o", color=colour, capsize=2, ls="none", label=way,
+            capsize=2, ls="none", **drawn,
         )  # fmt: skip
     left.axhline(100 * values["most_common_token"], color="#999999", lw=0.8, ls="--", label="the commonest token")
     left.set(xlabel="block", ylabel="tokens told from rows, %", ylim=(0, 105), title="by block")
     left.legend(fontsize=7)
     right.set(
-        xlabel="perplexity over that of float16 rows", ylabel="mean of the blocks, %", ylim=(0, 105), title="cost"
+        xlabel="perplexity over that of float16 rows",
+        ylabel="tokens told from rows, mean of the blocks, %",
+        ylim=(0, 105),
+        title="what hiding costs",
     )
     right.set_xscale("log")
     right.xaxis.set_major_formatter("{x:g}")
-    right.legend(fontsize=7, loc="lower left")
-    right.axvline(1.02, color="#bbbbbb", lw=0.8)
+    right.xaxis.set_minor_formatter("")
+    right.axvline(1.02, color="#117733", lw=1, ls="--", zorder=0, label="bar of quality")
     right.margins(x=0.2)
+    right.legend(fontsize=7, loc="lower left")
 
 
 main = experiment("What a device can read", measure, finding, draw)

@@ -21,13 +21,15 @@ import numpy.typing as npt
 
 sys.path.append(str(Path(__file__).parents[2]))
 from scripts.experiments._frame import (
+    UNMEASURED,
     Interval,
     Settings,
     Values,
     bootstrap,
     colour_of,
-    error_bars,
     experiment,
+    hollow,
+    marked_bars,
     progress,
     ratio_of_sums,
     spell,
@@ -235,13 +237,14 @@ def draw(values: Values, figure: Figure) -> None:
     for axes, (medium, by_policy) in zip(above, values["media"].items(), strict=True):
         for policy, arms in by_policy.items():
             ratios = [arm["latency_ratio"] for arm in arms]
-            error_bars(axes, values["factors"], ratios, color=colour_of(policy), label=policy, markersize=3)
+            marked_bars(axes, values["factors"], ratios, [False] * len(ratios), colour_of(policy), policy)
         axes.axhline(1, color="#bbbbbb", linewidth=0.8, zorder=0)
         axes.set_title(f"{medium} bandwidth" if medium != "shared" else "one shared channel", fontsize=9)
         axes.set_xlabel("slowest device over fastest, times")
         axes.sharey(above[0])
     above[0].set_ylabel("latency, ratio to exact (modelled)")
-    above[0].legend(fontsize=7)
+    handles = [*above[0].get_legend_handles_labels()[0], hollow(UNMEASURED)]
+    above[0].legend(handles=handles, fontsize=7)
     found, drops = correlations(values["drops"]), values["drops"]
     slot = np.array(drops["slot"])
     for axes, (by, label) in zip(below, MEASURES.items(), strict=True):

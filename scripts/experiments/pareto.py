@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.append(str(Path(__file__).parents[2]))
-from scripts.experiments._frame import Settings, Values, colour_of, error_bars, experiment, progress, spell
+from scripts.experiments._frame import (
+    MISSES,
+    Settings,
+    Values,
+    colour_of,
+    experiment,
+    hollow,
+    marked_bars,
+    progress,
+    spell,
+)
 from scripts.experiments._model import TESTBED, compared, open_arm, reaches_bar, read, windows
 from wdmoe.bs.simulation_plots import pareto_front
 
@@ -82,6 +92,8 @@ def finding(values: Values) -> str:
 
 
 def draw(values: Values, figure: Figure) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for axes, (medium, arms) in zip(figure.subplots(1, 2, sharey=True), values["media"].items(), strict=True):
         families: dict[str, list[Values]] = {}
         for name, arm in arms.items():
@@ -91,11 +103,11 @@ def draw(values: Values, figure: Figure) -> None:
             ordered = sorted(members, key=lambda arm: arm["latency_ratio"][0])
             x = [arm["latency_ratio"][0] for arm in ordered]
             y = [[min(end, _TOP) for end in arm["perplexity_ratio"]] for arm in ordered]
-            style: dict[str, Any] = {"marker": "*", "markersize": 11} if policy == "exact" else {"markersize": 4}
+            style: dict[str, Any] = {"marker": "*", "ms": 11} if policy == "exact" else {}
             if policy.endswith("loss"):
-                style |= {"marker": "D", "markerfacecolor": "white", "linestyle": "--"}
-            colour = colour_of(policy.partition(" ")[0])
-            error_bars(axes, x, y, color=colour, label=policy, linewidth=0.8, **style)
+                style |= {"marker": "D", "ls": "--"}
+            good = [reaches_bar(arm) for arm in ordered]
+            marked_bars(axes, x, y, good, colour_of(policy.partition(" ")[0]), policy, linewidth=0.8, **style)
         points = [(arm["latency_ratio"][0], min(arm["perplexity_ratio"][0], _TOP)) for arm in arms.values()]
         front = pareto_front(points)
         axes.step(
@@ -108,13 +120,20 @@ def draw(values: Values, figure: Figure) -> None:
             label="Pareto front",
         )
         axes.axhspan(
-            0.9, values["bars"]["perplexity_ratio"], color="#117733", alpha=0.12, linewidth=0, label="within the bar"
+            0.9,
+            values["bars"]["perplexity_ratio"],
+            color="#117733",
+            alpha=0.12,
+            linewidth=0,
+            label="perplexity within the bar",
         )
         axes.set_ylim(0.98, min(_TOP, max(1.06, 1.02 * max(y for _, y in points))))
         axes.set_title("one shared channel" if medium == "shared" else "bandwidth divided for each block", fontsize=9)
         axes.set_xlabel("latency, ratio to exact (modelled)")
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))  # where the range is narrow, numbers are long
     figure.axes[0].set_ylabel("perplexity, ratio to exact (real)")
-    figure.legend(*figure.axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    handles = [*figure.axes[1].get_legend_handles_labels()[0], hollow(f"{MISSES},\nby perplexity or KL")]
+    figure.legend(handles=handles, loc="outside right center", fontsize=8)
     figure.suptitle("Three unequal emulated devices, a small real model: faster is left, better is down", fontsize=10)
 
 

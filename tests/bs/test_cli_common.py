@@ -136,6 +136,19 @@ def test_options_of_auto_are_refused(own: Path, trace: Path, command: str) -> No
     assert "waiting" not in done.stderr
 
 
+@pytest.mark.parametrize("command", ["run", "quality", "generate", "simulate"])
+def test_a_loss_without_a_calibration_is_refused_before_anything_runs(own: Path, trace: Path, command: str) -> None:
+    options = {
+        "run": ("--bundle", own, "--dataset", "piqa-sample", "--policy", "exact"),
+        "quality": ("--bundle", own),
+        "generate": ("--bundle", own, "--prompt", "Ice"),
+        "simulate": ("--trace", trace, "--devices", "orin-nx-8gb*4"),
+    }[command]
+    done = invoke(command, *options, "--policy", "bottleneck:loss=0.02")
+    assert done.exit_code == 2 and "not calibrated for loss= with importance=weight" in " ".join(done.stderr.split())
+    assert "waiting" not in done.stderr and "rows" not in done.stderr.partition("Error")[0]
+
+
 def test_a_damaged_calibration_is_told_before_anything_runs(own: Path) -> None:
     (own / "bs" / SENSITIVITY_NAME).write_text("{}")
     done = invoke("generate", "--bundle", own, "--prompt", "Ice", "--policy", "auto")

@@ -136,7 +136,7 @@ def test_a_result_of_another_version_is_replaced(command: Command, tmp_path: Pat
     path = tmp_path / "old.json"
     path.write_text('{"format": "wdmoe-run", "version": 1}')
     done = command("run", "--dataset", "piqa-sample", "--limit", "1", "--policy", "exact", "--json", str(path))
-    assert done.exit_code == 0 and "it has version 1 of the format, expected 4" in done.stderr
+    assert done.exit_code == 0 and "it has version 1 of the format, expected 5" in done.stderr
     assert list(read(path)) == [("piqa-sample", "exact")]
 
 

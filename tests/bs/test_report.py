@@ -38,6 +38,7 @@ def test_the_page_stands_alone_and_says_what_is_modelled(bundle: Path, tmp_path:
     assert not re.search(r'(src|href)="(?!#)|url\((?!#)|@import', page)
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids)) and page.count("<svg") == 4
+    assert "loss none" in page and not re.search(r"\b(inf|nan)\b", page)
     assert "<strong>modelled</strong>" in page and page.count("ms (modelled)") >= 4
     assert [left.name for left in tmp_path.iterdir()] == ["r.html"]
 

@@ -7,18 +7,22 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from inprocess import open_system
 
+from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.policies import Exact
 from wdmoe.bs.questions import Choice, Question
 from wdmoe.bs.records import Record
 from wdmoe.bs.scoring import DistributedScorer
 from wdmoe.bs.tracing import Reply, Trace
+from wdmoe.bs.virtual import open_virtual_station
 from wdmoe.runtime.clock import VirtualClock
+from wdmoe.runtime.errors import DeviceFailed
 
 QUESTIONS = [Question(f"q/{n}", (Choice(tuple(b"Tea is best kept"), tuple(b" dry" * (n + 1))),)) for n in range(3)]
 
@@ -103,6 +107,46 @@ def test_sums_are_those_of_the_record(bundle: Path, tmp_path: Path) -> None:
     assert total_ms("base station", "waits", "") == pytest.approx(waits_ms)
     device_ms = sum(total_ms(f"device-{k}", f"device-{k}", "compute") for k in range(4))
     assert device_ms >= sum(block.device_ms for record in records for block in record.blocks) > 0
+
+
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_in_virtual_time_spans_are_as_long_as_modelled(bundle: Path, tmp_path: Path, in_flight: int) -> None:
+    path = tmp_path / "trace.json"
+    config = StationConfig(bundle, trace=path)
+    virtual = VirtualConfig(("orin-nx-8gb",) * 4, ("wifi-6",), stage_ms=2.0)
+    with open_virtual_station(config, virtual, lambda line: None) as station:
+        scorer = DistributedScorer(station.pipeline, Exact(), in_flight, None)
+        scorer.score(QUESTIONS)
+    tracks = by_track(json.loads(path.read_text()))
+    for spans in tracks.values():
+        assert_nested(spans)
+    assert all(process.endswith(" (modelled)") for process, _ in tracks)
+    stages = tracks["base station (modelled)", "stages"]
+    assert {round(span["dur"] / 1e3, 6) for span in stages} == {2.0}
+    assert sum(span["dur"] for span in stages) / 1e3 == pytest.approx(sum(record.bs_ms for record in scorer.records))
+    assert {span["name"].split()[0] for span in stages} == {"stage", "head"}
+    assert all(b["ts"] >= a["ts"] + a["dur"] - 1e-3 for a, b in pairwise(sorted(stages, key=lambda span: span["ts"])))
+    waits = [span["dur"] for (_, track), spans in tracks.items() if track.startswith("waits") for span in spans]
+    waited_ms = sum(block.waiting_ms for record in scorer.records for block in record.blocks)
+    assert sum(waits) / 1e3 == pytest.approx(waited_ms) and waited_ms > 0
+    devices = {process for process, _ in tracks} - {"base station (modelled)"}
+    assert devices == {f"device-{k} (modelled)" for k in range(4)}
+    if in_flight == 1:
+        assert len(tracks) == 2 + 4  # nothing computes in no time: there is no loop
+
+
+def test_a_run_in_virtual_time_that_breaks_off_leaves_its_timeline(bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    virtual = VirtualConfig(("orin-nx-8gb",) * 4, ("wifi-6",))
+
+    def run() -> None:
+        with open_virtual_station(StationConfig(bundle, trace=path), virtual, lambda line: None) as station:
+            DistributedScorer(station.pipeline, Exact(), 1, None).score(QUESTIONS[:1])
+            raise DeviceFailed("device-0", "the power went")
+
+    with pytest.raises(DeviceFailed):
+        run()
+    assert by_track(json.loads(path.read_text()))
 
 
 def test_requests_that_overlap_stand_beside_each_other(tmp_path: Path) -> None:

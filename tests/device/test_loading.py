@@ -4,11 +4,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
-from wdmoe.device.loading import choose_engine, engine_names, quick_profile, self_check
+from wdmoe.device.loading import choose_engine, engine_names, kept_profile, quick_profile, self_check
 from wdmoe.device.main import device_folders
+from wdmoe.profiles.device_profile import encode_profile
 from wdmoe.runtime import engines
 from wdmoe.runtime.engines import ENGINES, load_engine
 from wdmoe.runtime.engines.numpy_engine import NumpyEngine
@@ -97,3 +99,16 @@ def test_a_bundle_stands_for_its_device_folders_in_order(bundle: Path, tmp_path:
     assert [folder.name for folder in device_folders(bundle)] == [f"device-{k}" for k in range(4)]
     with pytest.raises(BundleError, match="no device-K folders"):
         device_folders(tmp_path)
+
+
+def test_a_kept_profile_serves_where_it_was_measured_and_nowhere_else(bundle: Path, tmp_path: Path) -> None:
+    manifest = read_manifest(bundle / "device-0", DeviceManifest)
+    engine, path = load_engine("numpy", bundle / "device-0", manifest.experts, 1), tmp_path / "here.json"
+    profile = quick_profile(engine, manifest)
+    assert profile.staging_ms > 0
+    path.write_bytes(encode_profile(profile))
+    assert kept_profile(path, engine, manifest) == profile
+    for field, value in (("device", "another board"), ("engine", "tensorrt"), ("d_ff", 1)):
+        path.write_bytes(encode_profile(msgspec.structs.replace(profile, **{field: value})))
+        with pytest.raises(ValueError, match="measure again with wdmoe-device bench"):
+            kept_profile(path, engine, manifest)

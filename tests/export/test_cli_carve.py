@@ -91,7 +91,20 @@ def test_help_gives_defaults_and_an_example() -> None:
 def test_the_command_and_the_library_have_the_same_defaults() -> None:
     given = {option.name: option.default for option in carve.params}
     config = CarveConfig(Path("out"), ())
-    for name in ("experts", "top_k", "distil", "tokens", "window", "seed"):
+    names = [
+        "experts",
+        "top_k",
+        "distil",
+        "tokens",
+        "window",
+        "seed",
+        "expert_neurons",
+        "steps",
+        "batch",
+        "rank",
+        "rate",
+    ]
+    for name in [*names, "torch_device", "compiled", "recompute"]:
         assert given[name] == getattr(config, name), name
 
 
@@ -102,6 +115,77 @@ def test_the_folder_that_one_stands_in_can_be_the_result(
     monkeypatch.chdir(tmp_path / "here")
     assert _run(*inputs, "--experts", 4, "--out", ".")[0] == 0
     assert (tmp_path / "here" / "config.json").is_file()
+
+
+TRAINED = ("--distil", "end-to-end", "--experts", 4, "--tokens", 4096, "--no-compile")
+
+
+def test_an_option_of_the_training_alone_is_refused_without_one(inputs: list[str], tmp_path: Path) -> None:
+    for option in (["--steps", 5], ["--rate", 0.1], ["--recompute"], ["--no-compile"], ["--expert-neurons", 8]):
+        code, _, err = _run(*inputs, *option, "--out", tmp_path / "moe")
+        name = "--compile" if option == ["--no-compile"] else option[0]
+        assert (code, f"{name} is of --distil end-to-end; layer has no use for it" in err) == (2, True)
+
+
+def test_training_without_torch_says_what_to_install(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("wdmoe.export.cli_carve.find_spec", lambda _name: None)
+    code, _, err = _run(*inputs, *TRAINED, "--out", tmp_path / "moe")
+    assert (code, len(err.strip().splitlines())) == (1, 1)
+    assert "pip install 'wdmoe[export,distil]'" in err
+    assert _run(*inputs, "--experts", 4, "--out", tmp_path / "moe")[0] == 0  # layer by layer needs none
+
+
+def test_a_training_says_what_it_made(inputs: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    code, out, err = _run(*inputs, *TRAINED, "--steps", 2, "--out", tmp_path / "moe")
+    assert code == 0, err
+    assert "2 blocks: 16 shared neurons, 4 overlapping experts of 8, 2 a token: 67% of the neurons at work" in out
+    assert "before training" in out and "of the dense model" in out
+    assert "planning 2 of 2" in err and "training 2 of 2: loss" in err and "writing 2 of 2" in err
+    code, out, _ = _run(*inputs, *TRAINED, "--steps", 2, "--out", tmp_path / "moe", "--json")
+    made = json.loads(out)
+    assert (code, made["already_there"], made["recipe"]["steps"]) == (0, True, 2)
+    assert made["trained_perplexity"] > 1
+    code, _, err = _run(*inputs, *TRAINED, "--top-k", 1, "--out", tmp_path / "other")
+    assert (code, "--top-k 1 of --experts 4" in err) == (2, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_training_goes_on_and_ends_the_same(
+    inputs: list[str], tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    code = "from wdmoe.export import cli_carve, cli; cli_carve._LINE_EVERY_S = 0.0; cli.main()"
+
+    def begun(out: Path) -> subprocess.Popen[str]:
+        line = [sys.executable, "-c", code, *inputs, *map(str, TRAINED), "--steps", "40", "--out", str(out)]
+        return subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+    with begun(tmp_path / "whole") as process:
+        assert process.communicate(timeout=200)[1] and process.returncode == 0
+    with begun(tmp_path / "moe") as process:
+        assert process.stderr is not None
+        for text in process.stderr:
+            if text.startswith("training 25 of"):
+                process.send_signal(number)
+                break
+        rest = process.stderr.read()
+        code_of_exit = process.wait(timeout=60)
+    assert code_of_exit == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    if number == signal.SIGINT:
+        assert "the same command goes on from" in rest and "Traceback" not in rest
+    assert not (tmp_path / "moe").exists()
+    with begun(tmp_path / "moe") as process:
+        lines = process.communicate(timeout=200)[1].splitlines()
+        assert process.returncode == 0
+    steps = [int(line.split()[1]) for line in lines if line.startswith("training")]
+    assert steps[0] in {20, 30, 40} and steps[-1] == 40 and not any(line.startswith("planning") for line in lines)
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "moe" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 @pytest.mark.slow

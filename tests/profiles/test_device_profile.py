@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from wdmoe.profiles.device_profile import VERSION, DeviceProfile, Point, interpolate, read_profile, write_profile
+from wdmoe.profiles.device_profile import VERSION, DeviceProfile, Point, encode_profile, interpolate, read_profile
 
 
 def profile(*points: tuple[int, float]) -> DeviceProfile:
@@ -37,7 +37,7 @@ def test_one_point_is_scaled_in_proportion() -> None:
 
 def test_a_profile_survives_write_and_read(tmp_path: Path) -> None:
     written = profile((1, 1.0), (8, 5.0))
-    write_profile(tmp_path / "p.json", written)
+    (tmp_path / "p.json").write_bytes(encode_profile(written))
     assert read_profile(tmp_path / "p.json") == written
 
 

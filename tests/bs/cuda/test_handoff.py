@@ -63,6 +63,8 @@ def test_of_equal_experts_the_first_is_chosen_as_on_the_cpu(torch_device: str, f
     inputs = reference.random_inputs(case)
     inputs.router[[2, 5, 7]] = inputs.router[9]  # four that are equal in every row
     inputs.residual[1] = 0  # and a row to which all are
+    logits = inputs.logits()
+    np.testing.assert_array_equal(logits[:, [2, 5, 7]], logits[:, [9, 9, 9]])  # else this tells nothing of ties
     got = reference.hand_off(torch_device, case, few_rows).route_and_pack(
         *reference.on_gpu(inputs, torch_device), "fp16"
     )

@@ -6,23 +6,27 @@ ridge regression on what goes into the down projection, first of all neurons, th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 from torch.nn import functional as F
 
-from scripts.carving.dense import Block, dense_block, rms_norm, rope
-from scripts.carving.student import EXPERT_RANK, RANKS, Student, StudentBlock, student_block
+from wdmoe.export.training.student import Student, StudentBlock, student_block
+from wdmoe.export.training.torch_dense import Block, dense_block, rms_norm, rope_angles
 
 RIDGE = 0.02  # of the mean square of a feature
 EXPERT_SHARE = 0.5  # of what an expert's own fit would add: the other chosen expert corrects the same token
 
 
-def fit_down(student: Student, windows: torch.Tensor) -> None:
+@torch.no_grad()
+def fit_down(student: Student, windows: torch.Tensor, on_block: Callable[[int], None] = lambda _done: None) -> None:
     """Set the low-rank changes of all down projections from windows [n, tokens]."""
     model, shape = student.dense, student.shape
-    cos, sin = rope(model, windows.shape[1])
+    cos, sin = rope_angles(model, windows.shape[1])
     wanted = F.embedding(windows, model.embedding).float()
     rows = wanted.clone()
-    for own in student.blocks:
+    for number, own in enumerate(student.blocks):
         block, tensors = own.block, own.tensors()
 
         def carved(
@@ -43,21 +47,22 @@ def fit_down(student: Student, windows: torch.Tensor) -> None:
         _fit_block(own, _into_down(own, rows, student), (wanted - before).flatten(0, 1), weight)
         tensors = own.tensors()
         rows = torch.cat([carved(part, tensors=tensors)[0] for part in rows.split(4)])
+        on_block(number + 1)
 
 
 def _into_down(own: StudentBlock, rows: torch.Tensor, student: Student) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the activations [tokens, neurons] and gate weights [tokens, experts] of the student's block."""
     model, block, shape = student.dense, own.block, student.shape
-    cos, sin = rope(model, rows.shape[1])
+    cos, sin = rope_angles(model, rows.shape[1])
     # The attention of an untrained student is the dense model's: a block without feed-forward part gives its output.
-    still = block.__class__(**{name: getattr(block, name) for name in block.__slots__} | {"down": block.down * 0})
+    still = replace(block, down=block.down * 0)
     after = torch.cat(
         [dense_block(part, still, cos, sin, model.eps, model.heads, model.kv_heads) for part in rows.split(4)]
     )
-    inputs = rms_norm(after, own.ffn_norm, model.eps).flatten(0, 1)
+    inputs = rms_norm(after, own.ffn_norm, model.eps, model.dtype).flatten(0, 1)
     gate, up = F.linear(inputs, block.gate_up).chunk(2, -1)
     best = F.linear(inputs.float(), own.router).topk(shape.experts_per_token, -1)
-    weights = torch.zeros(len(inputs), shape.experts).scatter(-1, best.indices, best.values.softmax(-1))
+    weights = best.values.new_zeros(len(inputs), shape.experts).scatter(-1, best.indices, best.values.softmax(-1))
     return F.silu(gate) * up, weights
 
 
@@ -68,17 +73,17 @@ def _fit_block(
     activations, gates = inputs
     factors = gates @ (own.scales * own.is_member) + own.shared
     features, residual = activations.float() * factors * weight, residual * weight
-    into, out = reduced_rank(features, residual, RANKS["down"])
+    into, out = reduced_rank(features, residual, own.into["down"].shape[0])
     residual = residual - features @ into.T @ out.T
     own.into["down"].copy_(into)
     own.out["down"].copy_(out)
     for expert, members in enumerate(own.is_member.bool()):
         chosen = gates[:, expert] > 0
         features = activations[chosen][:, members].float() * gates[chosen, expert, None] * weight[chosen]
-        into, out = reduced_rank(features, residual[chosen], EXPERT_RANK)
+        into, out = reduced_rank(features, residual[chosen], own.expert_rank)
         into = into * EXPERT_SHARE
         residual[chosen] -= features @ into.T @ out.T
-        ranks = slice(expert * EXPERT_RANK, (expert + 1) * EXPERT_RANK)
+        ranks = slice(expert * own.expert_rank, (expert + 1) * own.expert_rank)
         own.expert_into[ranks, members] = into
         own.expert_out[:, ranks] = out
 
@@ -86,7 +91,8 @@ def _fit_block(
 def reduced_rank(features: torch.Tensor, wanted: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return into [rank, f] and out [hidden, rank] with features @ into.T @ out.T near wanted, of one size each."""
     gram = features.T @ features
-    gram += RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    # The smallest number: of an expert that no token chose, all features are 0.
+    gram += (RIDGE * gram.diagonal().mean() + 1e-12) * torch.eye(len(gram), device=gram.device)
     full = torch.linalg.solve(gram, features.T @ wanted)
     fitted = features @ full
     _, directions = torch.linalg.eigh(fitted.T @ fitted)
