@@ -281,15 +281,16 @@ def latency_model(devices: Sequence[DeviceLatency], up_to: int, medium: Medium =
     curves: dict[Curve, int] = {}
     table = [curves.setdefault(device.curve, len(curves)) for device in devices]
     size = 1 << max(0, up_to - 1).bit_length()
-    correction = np.array([device.correction for device in devices])
-    link_ms = np.array([device.row_link_ms for device in devices]) * (correction if medium == "own" else 1.0)
-    up_ms = link_ms * np.array([device.up_part for device in devices])
+    known = [(d.correction, d.row_link_ms, d.up_part, d.staging_ms, d.round_trip_ms) for d in devices]
+    correction, link_ms, up_part, staging_ms, round_trip_ms = np.array([*zip(*known, strict=True)])  # one array: sooner
+    link_ms = link_ms * correction if medium == "own" else link_ms
+    up_ms = link_ms * up_part
     return LatencyModel(
         tables=_stack(tuple(curves), size),
         table=np.array(table, np.int64),
         slowness=correction,
-        staging_ms=correction * np.array([device.staging_ms for device in devices]),
-        way_ms=correction * np.array([device.round_trip_ms for device in devices]) / 2,
+        staging_ms=correction * staging_ms,
+        way_ms=correction * round_trip_ms / 2,
         down_ms=link_ms - up_ms,
         up_ms=up_ms,
         medium=medium,
