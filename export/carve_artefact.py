@@ -71,7 +71,7 @@ def changed(name: str, values: FloatArray, artefact: CarveArtefact) -> FloatArra
             # Q has more rows than K and V, which have as many each: so rows are counted from the end.
             start = change.groups[group].out.shape[0] - len(values) * (len(members) - place) if place else 0
             part = change.groups[group].out[start : start + len(values)]
-            return values + part @ change.groups[group].into
+            return values + LowRank(change.groups[group].into, part).matrix()
     return values
 
 

@@ -26,9 +26,16 @@ class LowRank:
             raise ValueError(f"factors {self.out.shape} and {self.into.shape} do not make a matrix")
 
     def matrix(self) -> FloatArray:
-        """Return the change itself, [outputs, inputs]."""
-        product: FloatArray = self.out @ self.into
-        return product
+        """Return the change itself, [outputs, inputs], the same to the bit on every machine.
+
+        Ranks are added one after another: a BLAS adds in an order of its own, and weights that are rounded to 16 bits from
+        its sums are now and then others on another processor.
+        """
+        total = np.zeros((self.out.shape[0], self.into.shape[1]), np.float32)
+        product = np.empty_like(total)
+        for column, row in zip(self.out.T, self.into, strict=True):
+            total += np.multiply.outer(column, row, out=product)
+        return total
 
 
 def quantise(name: str, change: LowRank) -> dict[str, npt.NDArray[Any]]:

