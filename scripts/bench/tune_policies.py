@@ -216,6 +216,7 @@ def chosen(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 @click.option("--calibration-tokens", type=int, default=1024, show_default=True, help="Read once for each block.")
 @click.option("--probes", type=int, default=4, show_default=True, help="Bisection steps of each family.")
 @click.option("--sensitivity", type=click.Path(path_type=Path), default=SENSITIVITY, show_default=True)
+@click.option("--only-calibrate", is_flag=True, help="Measure what blocks lose, and search nothing.")
 @click.option("--json", "target", type=click.Path(path_type=Path, dir_okay=False), help="Keep readings and result.")
 def main(
     data_dir: Path,
@@ -224,6 +225,7 @@ def main(
     calibration_tokens: int,
     probes: int,
     sensitivity: Path,
+    only_calibrate: bool,
     target: Path | None,
 ) -> None:
     """Search the options of every policy on corpus text."""
@@ -240,13 +242,15 @@ def main(
             asked = [spec.bundle_id, tokens, calibration_tokens, corpus, msgspec.to_builtins(testbed.efficiencies)]
             key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
             readings = Readings(target, key)
-            if not readings.found or station.pipeline.sensitivity is None:
+            if only_calibrate or not readings.found or station.pipeline.sensitivity is None:
                 ids = tokenizer.encode(calibration).ids[:calibration_tokens]
                 found = measure_sensitivity(station.pipeline, spec, ids)
                 write_sensitivity(station.folder, found)
                 sensitivity.write_bytes((station.folder / "sensitivity.json").read_bytes())
                 readings.found.clear()
                 progress(f"calibrated in {time.perf_counter() - started_s:.0f} s; wrote {sensitivity}")
+        if only_calibrate:
+            return
         rows = tune(testbed, bundle, questions, readings, probes)
     for row in rows:
         progress(", ".join(f"{k} {v:.4f}" if isinstance(v, float) else str(v) for k, v in row.items()))
