@@ -59,7 +59,7 @@ class CarveConfig:
     rate: float = 1.5e-3
     torch_device: TorchDevice = "auto"
     compiled: bool = True  # by torch.compile; the result differs by rounding
-    recompute: bool = False  # less memory, more time, the same result
+    recompute: bool = True  # less memory, more time, the same result
 
     @property
     def end_to_end(self) -> bool:
