@@ -16,7 +16,7 @@ from processes import command
 from wdmoe.device.service import DeviceService
 from wdmoe.runtime.clock import RealClock
 from wdmoe.runtime.keys import KeyPair, make_key
-from wdmoe.runtime.messages import Hello
+from wdmoe.runtime.messages import PROTOCOL_VERSION, Hello
 
 
 class Older(DeviceService):
@@ -115,5 +115,5 @@ def test_an_older_protocol(guarded: Guarded) -> None:
     service = service_of(guarded.bundle / "device-3", "shed", Older)
     said = refused_words(guarded, service, guarded.enrolled_key("shed"))
     assert said == (
-        "the base station refused shed: shed: speaks protocol 0, the base station 2; install the same version"
+        f"the base station refused shed: shed: speaks protocol 0, the base station {PROTOCOL_VERSION}; install the same version"
     )
