@@ -84,7 +84,7 @@ def run(
         from wdmoe.bs.diagnosis import diagnose
         from wdmoe.bs.evaluation import load_task
         from wdmoe.bs.experiment import run_policies
-        from wdmoe.bs.results import describe_run, describe_station, link_words, origin_of_times, reusable_runs
+        from wdmoe.bs.results import describe_run, describe_station, has_air, link_words, origin_of_times, reusable_runs
         from wdmoe.bs.tables import diagnosis_list, policy_tables, time_table
 
         virtual = read_virtual(clock, station)
@@ -128,7 +128,7 @@ def run(
             return
         print_table(policy_tables(runs, link_words(result), len(result["devices"])))
         print_table(time_table(runs, virtual is not None))
-        if findings := diagnose(runs, config.in_flight):
+        if findings := diagnose(runs, config.in_flight, has_air(result)):
             print_table(diagnosis_list(findings, origin_of_times(result)))
 
 
@@ -150,9 +150,10 @@ def _write_report(report: Path, head: dict[str, Any], finished: dict[Pair, Polic
     """Write the page with what is done of what was asked for; nothing if nothing is."""
     from wdmoe.bs.diagnosis import diagnose
     from wdmoe.bs.report import write_report
+    from wdmoe.bs.results import has_air
 
     runs = [finished[pair] for pair in asked if pair in finished]
     if runs:
         missing = [pair for pair in asked if pair not in finished]
-        write_report(report, head, runs, diagnose(runs, head["in_flight"]), missing)
+        write_report(report, head, runs, diagnose(runs, head["in_flight"], has_air(head)), missing)
         say(f"wrote {report}")

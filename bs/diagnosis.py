@@ -57,23 +57,25 @@ class Finding:
     advice: str  # what to do about it
 
 
-def diagnose(runs: Sequence[PolicyRun], in_flight: InFlight) -> list[Finding]:
+def diagnose(runs: Sequence[PolicyRun], in_flight: InFlight, has_air: bool = True) -> list[Finding]:
     """Look for the four troubles.
 
     Args:
         runs: of one command.
         in_flight: microbatches at a time.
+        has_air: whether rows travel. Where devices are other processes of this machine, what a request takes beside its
+            computing is their turn on its processors, which no link mends.
     """
     exact = {run.evaluation.dataset: run.evaluation for run in runs if run.policy == "exact"}
     found = []
     for run in runs:
         at_once = run.summary.in_flight_p50 if in_flight == "auto" else in_flight
         damage = _damage(run, exact.get(run.evaluation.dataset))
-        found += [one for one in (_slowness(run, at_once), _queue(run, at_once), damage) if one is not None]
+        found += [one for one in (_slowness(run, at_once, has_air), _queue(run, at_once), damage) if one is not None]
     return sorted(found, key=lambda finding: list(TITLES).index(finding.kind))
 
 
-def _slowness(run: PolicyRun, in_flight: float) -> Finding | None:
+def _slowness(run: PolicyRun, in_flight: float, has_air: bool) -> Finding | None:
     """Find out whether the air dominates, or else waiting, of which the air is a part."""
     summary = run.summary
     if not summary.devices or summary.latency_share_ms <= 0:
@@ -81,7 +83,7 @@ def _slowness(run: PolicyRun, in_flight: float) -> Finding | None:
     radio_ms = summary.queue_ms - _behind_compute_ms(summary, in_flight)
     on_air_ms = min(summary.air_ms + radio_ms, summary.latency_share_ms - summary.bs_ms)
     air_share, waiting_share = (ms / summary.latency_share_ms for ms in (on_air_ms, summary.waiting_ms))
-    if air_share >= AIR_SHARE:
+    if has_air and air_share >= AIR_SHARE:
         worst, worst_ms = _worst(summary, lambda device: device.air_ms)
         queued = f" ({radio_ms:.0f} of them in a queue for it)" if radio_ms >= 0.5 else ""
         # Only int8 rows have an error to record.

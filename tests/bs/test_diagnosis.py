@@ -16,6 +16,7 @@ from wdmoe.bs.diagnosis import diagnose
 from wdmoe.bs.evaluation import Evaluation
 from wdmoe.bs.experiment import PolicyRun
 from wdmoe.bs.records import BlockRecord, DeviceUse, Record, summarise
+from wdmoe.bs.results import has_air
 
 FAST = ("--devices", ",".join(["agx-orin-64gb"] * 4), "--link", "ethernet-1g")
 ONE_SLOW = ("--devices", "agx-orin-64gb,agx-orin-64gb,agx-orin-64gb,orin-nano-8gb", "--link", "ethernet-1g")
@@ -126,6 +127,16 @@ def test_a_radio_that_several_microbatches_wait_for_is_no_slow_device(bundle: Pa
     assert [finding["kind"] for finding in found] == ["air"]
     below = shown[shown.index("air dominates") :].splitlines()[1:]
     assert all(len(line.rstrip()) <= 80 and line.startswith("  ") for line in below if line.strip())
+
+
+def test_processes_of_one_machine_have_no_air_between_them() -> None:
+    waits = BlockRecord(1, 0, 1, 1, 0, None, None, waiting_ms=40.0, device_ms=5.0, air_ms=70.0)
+    record = Record("q", 7, latency_ms=100.0, bs_ms=30.0, blocks=[waits], devices={"d": DeviceUse(1, 7, 5.0)})
+    run = replace(policy_run("exact", [1.0]), summary=summarise([record]))
+    assert [finding.kind for finding in diagnose([run], in_flight=1)] == ["air"]
+    assert diagnose([run], in_flight=1, has_air=False) == []
+    over = [("loopback", []), ("loopback", ["none"]), ("loopback", ["wifi-6-far"]), ("network", [])]
+    assert [has_air({"link": {"kind": kind, "emulated": links}}) for kind, links in over] == [False, False, True, True]
 
 
 def test_a_queue_is_told_from_the_devices_own_reports() -> None:
