@@ -133,7 +133,7 @@ def _time_rows(runs: Sequence[PolicyRun]) -> Table:
             summary.device_ms,
         )
         table.add_row(
-            run.policy, *(f"{ms:.0f}" for ms in split_ms), f"{summary.tokens / run.clock_s:.0f}", f"{run.wall_s:.1f}"
+            run.policy, *(str(round(ms)) for ms in split_ms), f"{summary.tokens / run.clock_s:.0f}", f"{run.wall_s:.1f}"
         )
     return table
 
