@@ -14,8 +14,8 @@ from wdmoe.bs.questions import Choice, Question
 from wdmoe.bs.records import Summary, summarise
 from wdmoe.bs.scoring import DistributedScorer
 from wdmoe.bs.station import Station
-from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.messages import MAX_ROWS
+from wdmoe.runtime.tokenizing import open_tokenizer
 
 _WARM_UP = Question("warm-up", (Choice(tuple(range(1, 25)), (25, 26)),))
 _WARM_UP_ROUNDS = 3
@@ -129,9 +129,4 @@ def max_length(station: Station) -> int:
 
 def load_tokenizer(station: Station) -> Any:
     """Return the bundle's `tokenizers.Tokenizer`."""
-    name = station.manifest.tokenizer
-    if name is None:
-        raise BundleError(f"{station.folder}: the bundle has no tokenizer; export a checkpoint with tokenizer.json")
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(station.folder / name))
+    return open_tokenizer(station.folder, station.manifest.tokenizer)

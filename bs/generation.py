@@ -20,8 +20,8 @@ from wdmoe.bs.records import Record
 from wdmoe.bs.routing import Floats
 from wdmoe.bs.sampling import Sampling, sample
 from wdmoe.runtime.clock import Clock
-from wdmoe.runtime.errors import BundleError, EngineError
 from wdmoe.runtime.manifest import BsManifest, ModelSpec
+from wdmoe.runtime.tokenizing import open_tokenizer
 
 Finish = Literal["stop", "length", "eos", "cancelled"]
 
@@ -222,16 +222,10 @@ def load_tokenizer(folder: Path, manifest: BsManifest) -> Any:
     """Open a bundle's tokenizer; truncation and padding that it may ask for are switched off, as in transformers.
 
     Raises:
-        BundleError: the bundle has none.
+        BundleError: there is none, or it is missing or damaged.
         EngineError: `tokenizers` is not installed.
     """
-    if manifest.tokenizer is None:
-        raise BundleError(f"{folder}: the bundle has no tokenizer; export a checkpoint with tokenizer.json")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise EngineError(f"text needs tokenizers ({error}): pip install 'wdmoe[bs]'") from error
-    tokenizer = Tokenizer.from_file(str(folder / manifest.tokenizer))
+    tokenizer = open_tokenizer(folder, manifest.tokenizer)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

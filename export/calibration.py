@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from wdmoe.export.forward import FloatArray, Forward, IntArray, bundle_experts, open_tokenizer
+from wdmoe.export.forward import FloatArray, Forward, IntArray, bundle_experts
 from wdmoe.export.inspection import read_bundle
 from wdmoe.export.parallel import default_workers
 from wdmoe.export.slicing import ExpertFile
 from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.manifest import BsManifest, Calibration, write_manifest
+from wdmoe.runtime.tokenizing import open_tokenizer
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -123,7 +124,7 @@ def _token_ids(folder: Path, bs: BsManifest, texts: Sequence[Path], tokens: int)
         raise BundleError(
             f"{folder}: has no tokenizer to read a text with; export a checkpoint that has tokenizer.json"
         )
-    tokenizer = open_tokenizer(folder / bs.tokenizer)
+    tokenizer = open_tokenizer(folder, bs.tokenizer)
     parts: list[int] = []
     for number, path in enumerate(texts):
         share = (tokens - len(parts)) // (len(texts) - number)

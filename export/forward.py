@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from wdmoe.runtime.engines import load_engine
-from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.manifest import BsManifest, DeviceManifest, ExpertEntry
 from wdmoe.runtime.sessions import open_session
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -94,22 +90,6 @@ class Forward:
 
     def _split(self, rows: FloatArray) -> list[FloatArray]:
         return np.split(rows, self._ends)
-
-
-def open_tokenizer(path: Path) -> Tokenizer:
-    """Open the tokenizer of a bundle.
-
-    Raises:
-        BundleError: it is missing or damaged.
-    """
-    from tokenizers import Tokenizer
-
-    if not path.is_file():
-        raise BundleError(f"{path}: missing; copy the folder again")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # it raises plain Exception
-        raise BundleError(f"{path}: cannot be read ({error}); copy the folder again") from error
 
 
 def bundle_experts(bundle: Path, devices: Sequence[DeviceManifest], threads: int = 1, at_once: int = 512) -> RunExpert:

@@ -18,7 +18,7 @@ from wdmoe.export.bundle import layout_of
 from wdmoe.export.checkpoint import Checkpoint, open_checkpoint, read_pieces
 from wdmoe.export.conversion import Losses, to_float32
 from wdmoe.export.families import ModelLayout
-from wdmoe.export.forward import FloatArray, Forward, IntArray, RunExpert, bundle_experts, open_tokenizer
+from wdmoe.export.forward import FloatArray, Forward, IntArray, RunExpert, bundle_experts
 from wdmoe.export.inspection import read_bundle
 from wdmoe.export.slicing import answers_of, golden_rows
 from wdmoe.export.station import weight_files
@@ -26,6 +26,7 @@ from wdmoe.export.weights import Part
 from wdmoe.runtime.errors import BundleError
 from wdmoe.runtime.manifest import BsManifest, Precision, StagePrecision
 from wdmoe.runtime.tensor_file import read_spans
+from wdmoe.runtime.tokenizing import open_tokenizer
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -253,7 +254,7 @@ def _token_ids(folder: Path, bs: BsManifest, tokens: int) -> IntArray:
     tokens = min(tokens, bs.model.max_positions)
     if bs.tokenizer is None:
         return np.random.default_rng(_SEED).integers(0, bs.model.vocab_size, tokens)
-    ids = open_tokenizer(folder / bs.tokenizer).encode(_TEXT, add_special_tokens=False).ids
+    ids = open_tokenizer(folder, bs.tokenizer).encode(_TEXT, add_special_tokens=False).ids
     return np.array(ids[:tokens], np.int64)
 
 
