@@ -302,7 +302,7 @@ def measure_quality(
     for policy in (Exact(), *policies):
         if policy.describe() not in finished.likelihoods:
             scorer = DistributedScorer(pipeline, policy, in_flight, window)
-            finished.likelihoods[policy.describe()] = _text_likelihood(scorer, text, on_step)
+            finished.likelihoods[policy.describe()] = text_likelihood(scorer, text, on_step)
             on_finished(finished)
     tokens = sum(len(question.choices[0].continuation) for question in text)
     pairs: dict[str, list[tuple[Evaluation, Evaluation]]] = {policy.describe(): [] for policy in policies}
@@ -349,6 +349,7 @@ def measure_quality(
     return qualities
 
 
-def _text_likelihood(scorer: DistributedScorer, text: Sequence[Question], on_step: Callable[[str], None]) -> float:
+def text_likelihood(scorer: DistributedScorer, text: Sequence[Question], on_step: Callable[[str], None]) -> float:
+    """Sum the log-probabilities of a text, natural logarithm; `on_step` as in `measure_quality`."""
     answers = scorer.score(text, lambda number, answer: on_step(PERPLEXITY_SET))
     return math.fsum(answer.log_likelihoods[0] for answer in answers)

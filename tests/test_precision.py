@@ -15,6 +15,32 @@ PRECISION = Path(__file__).parents[1] / "scripts" / "bench" / "precision.py"
 
 
 @pytest.mark.slow
+def test_a_precision_that_holds_the_same_numbers_is_seen_and_answers_the_same(tmp_path: Path) -> None:
+    (tmp_path / "data" / "wikitext2").mkdir(parents=True)
+    (tmp_path / "data" / "wikitext2" / "test.txt").write_text(" = Kettle = \n\n A kettle boils water . It is loud .\n")
+    for dtype, same in (("float16", True), ("float32", False)):
+        checkpoint = tiny_checkpoint(tmp_path / dtype, "qwen2_moe", max_position_embeddings=512, dtype=dtype)
+        line = [
+            sys.executable,
+            str(PRECISION),
+            "--data-dir",
+            str(tmp_path / "data"),
+            "--model",
+            str(checkpoint),
+            "--json",
+            "-",
+        ]
+        line += ["--dataset", "piqa-sample", "--rows", "2", "--tokens", "40", "--precision", "fp16", "--jobs", "1"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
+        assert done.returncode in (0, 1), done.stderr
+        fp16 = json.loads(done.stdout)["precisions"]["fp16"]
+        assert fp16["same_numbers"] == same
+        # NOTE: the text is read with the precision's own engine in either case.
+        assert (fp16["perplexity_ratio"] == 1) == (fp16["mean_kl_nats"] == 0) == same
+        assert (fp16["tokens"], fp16["rows"]) == (40, 2)
+
+
+@pytest.mark.slow
 def test_precisions_are_compared_and_what_was_done_is_used_again(tmp_path: Path) -> None:
     (tmp_path / "data" / "wikitext2").mkdir(parents=True)
     (tmp_path / "data" / "wikitext2" / "test.txt").write_text(" = Kettle = \n\n A kettle boils water . It is loud .\n")

@@ -8,27 +8,32 @@ them, so that nothing but the precision differs. Bars: perplexity of wikitext2 a
 1.05 x for int4; over at least 5,000 rows of five sets, the lower end of the 95 % interval of the paired accuracy difference at
 least -1.0 points (with fewer rows that is reported, not judged). Exit code 1 if a bar is missed.
 
-With a FILE, what is done is kept, set by set, in FILE.unfinished; the same command goes on.
+With a FILE, what is done is kept, set by set, in FILE.unfinished; the same command goes on. Sets are answered side by side,
+one thread each. A precision whose experts widen to the very numbers of the reference (fp16, where the checkpoint holds no
+more) reads the text like any other, which shows that its engine gives the same; it is not asked the questions a second time.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import click
 import msgspec
+import numpy as np
 
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT / "tests"), str(ROOT)]
-from inprocess import System, open_system
+from inprocess import open_system
 from processes import exit_on_sigterm
 
 from scripts.bench._environment import environment, progress, write_json
@@ -43,14 +48,20 @@ from wdmoe.bs.quality import (
     Quality,
     QualityBar,
     measure_quality,
+    text_likelihood,
     text_windows,
 )
+from wdmoe.bs.questions import Question
 from wdmoe.bs.records import Record
 from wdmoe.bs.results import finite, read_finished, write_finished
+from wdmoe.bs.scoring import DistributedScorer
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
 from wdmoe.export.models import SMALL_MODEL, find_checkpoint
-from wdmoe.runtime.manifest import BsManifest, Precision, read_manifest
+from wdmoe.runtime.manifest import BsManifest, DeviceManifest, ModelSpec, Precision, read_manifest
 from wdmoe.runtime.messages import MAX_ROWS
+from wdmoe.runtime.quantised import expert_matrices
+from wdmoe.runtime.tensor_file import map_tensors
+from wdmoe.runtime.tokenizing import open_tokenizer
 
 REFERENCE: Precision = "fp32"
 PERPLEXITY_BARS: dict[Precision, float] = {"fp16": 1.005, "int8": 1.005, "int4": 1.05}
@@ -70,18 +81,59 @@ class InPrecision:
         return self.precision
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PipelineOfEach:
-    """Stands where a pipeline stands: `Exact` is answered by the reference, `InPrecision` by the bundle it names."""
+    """Stands where a pipeline stands: `Exact` is answered by the reference, `InPrecision` by the bundle it names.
+
+    What the reference has just answered is answered again, word for word, for a precision in `same`.
+    """
 
     pipelines: dict[Precision, Pipeline]
+    same: frozenset[Precision] = frozenset()
+    _asked: bytes = b""
+    _last: list[tuple[int, Result, Record]] = field(default_factory=list)
 
     def run(
         self, microbatches: Iterable[Microbatch], policy: Policy | InPrecision, in_flight: int = 1
     ) -> Iterator[tuple[int, Result, Record]]:
         """Run microbatches; see `Pipeline`."""
-        pipeline = self.pipelines[policy.precision if isinstance(policy, InPrecision) else REFERENCE]
-        return pipeline.run(microbatches, Exact(), in_flight)
+        microbatches = list(microbatches)
+        asked = b"".join(one.token_ids.tobytes() + one.positions.tobytes() for one in microbatches)
+        precision = policy.precision if isinstance(policy, InPrecision) else REFERENCE
+        if precision in self.same and asked == self._asked:
+            yield from self._last
+            return
+        answered = list(self.pipelines[precision].run(microbatches, Exact(), in_flight))
+        if precision == REFERENCE:
+            self._asked, self._last = asked, answered
+        yield from answered
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What every process of a comparison does alike."""
+
+    bundles: dict[Precision, Path]
+    same: frozenset[Precision]
+    data_dir: Path
+    rows: int | None
+    tokens: int | None
+    batch: int
+    engine: str
+
+    @property
+    def policies(self) -> list[Policy]:
+        """What stands where policies stand."""
+        return [cast("Policy", InPrecision(one)) for one in self.bundles if one != REFERENCE]
+
+    def model(self) -> ModelSpec:
+        """Of every bundle."""
+        return read_manifest(self.bundles[REFERENCE] / "bs", BsManifest).model
+
+    def tokenizer(self) -> Any:
+        """Of every bundle."""
+        folder = self.bundles[REFERENCE] / "bs"
+        return open_tokenizer(folder, read_manifest(folder, BsManifest).tokenizer)
 
 
 @click.command()
@@ -96,6 +148,7 @@ class PipelineOfEach:
 @click.option("--tokens", type=click.IntRange(min=1), help="Only the first tokens of wikitext2.  [default: all]")
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Questions in a microbatch.")
 @click.option("--engine", type=click.Choice(["onnxruntime", "numpy"]), default="onnxruntime", show_default=True)
+@click.option("--jobs", type=click.IntRange(min=1), default=2, show_default=True, help="Sets at a time, 3 GB each.")
 def main(
     data_dir: Path,
     target: str,
@@ -106,31 +159,37 @@ def main(
     tokens: int | None,
     batch: int,
     engine: str,
+    jobs: int,
 ) -> None:
     """Compare precisions; exit code 1 if a bar is missed."""
     exit_on_sigterm()
     checkpoint, name = find_checkpoint(model, progress)
     tasks = [load_task(dataset, data_dir) for dataset in dict.fromkeys(datasets)]
-    text = load_task(PERPLEXITY_SET, data_dir)
-    asked = tuple(dict.fromkeys(precisions))
-    with tempfile.TemporaryDirectory(prefix="wdmoe-precision-") as scratch, ExitStack() as stack:
-        bundles = {one: export(checkpoint, name, Path(scratch), one) for one in (REFERENCE, *asked)}
+    wanted = tuple(dict.fromkeys(precisions))
+    with tempfile.TemporaryDirectory(prefix="wdmoe-precision-") as scratch:
+        bundles = {one: export(checkpoint, name, Path(scratch), one) for one in (REFERENCE, *wanted)}
+        same = frozenset(one for one in wanted if same_numbers(bundles[one], bundles[REFERENCE]))
+        asked = Asked(bundles, same, data_dir, rows, tokens, batch, engine)
         kept = None if target == "-" else Path(f"{target}.unfinished")
         ids = [read_manifest(bundle / "bs", BsManifest).bundle_id for bundle in bundles.values()]
         now = {"bundles": ids, "tokens": tokens, "engine": engine, "batch": batch}
         finished, refused = read_finished(kept, now) if kept is not None else (Finished(), None)
         if refused is not None:
             progress(f"{kept}: nothing of it is used again: {refused}")
+        progress(
+            f"{', '.join(bundles)}: {engine}, {N_DEVICES} devices each; as {REFERENCE}: {', '.join(same) or 'none'}"
+        )
         started = time.perf_counter()
-        systems = {one: stack.enter_context(open_system(bundle, engine=engine)) for one, bundle in bundles.items()}
-        progress(f"{', '.join(bundles)}: {engine}, {N_DEVICES} devices each in this process")
-
-        def keep(done: Finished) -> None:
+        for done in answer_sets(asked, tasks, finished, jobs):
+            finished.likelihoods |= done.likelihoods
+            finished.parts |= done.parts
             if kept is not None:
-                write_finished(kept, now, done)
-
-        qualities = compare(systems, bundles[REFERENCE] / "bs", tasks, text, finished, rows, tokens, batch, keep)
-        results = {one: describe(quality, one, bundles[one]) for one, quality in zip(asked, qualities, strict=True)}
+                write_finished(kept, now, finished)
+        qualities = compare(asked, PipelineOfEach({}), tasks, finished)
+        results = {
+            one: describe(quality, one, bundles[one]) | {"same_numbers": one in same}
+            for one, quality in zip(wanted, qualities, strict=True)
+        }
         wall_s = time.perf_counter() - started
     for one, found in results.items():
         progress(f"{one}: {summary(found)}")
@@ -161,48 +220,98 @@ def export(checkpoint: Path, name: str, scratch: Path, precision: Precision) -> 
     return export_bundle(plan_export(checkpoint, name, config), config).out
 
 
-def compare(
-    systems: Mapping[Precision, System],
-    folder: Path,
-    tasks: Sequence[LoadedTask],
-    text: LoadedTask,
-    finished: Finished,
-    rows: int | None,
-    tokens: int | None,
-    batch: int,
-    keep: Callable[[Finished], None],
-) -> list[Quality]:
-    """Answer everything with the reference and each other precision, in their order."""
-    from tokenizers import Tokenizer
+def same_numbers(bundle: Path, reference: Path) -> bool:
+    """Say whether every expert widens to the very numbers of the reference's."""
+    for folder in sorted(bundle.glob("device-*")):
+        twin = reference / folder.name
+        pairs = zip(
+            read_manifest(folder, DeviceManifest).experts, read_manifest(twin, DeviceManifest).experts, strict=True
+        )
+        for ours, theirs in pairs:
+            paths = folder / ours.weights, twin / theirs.weights
+            for one, other in zip(*(expert_matrices(map_tensors(path), path) for path in paths), strict=True):
+                if not np.array_equal(one.float32(), other.float32()):
+                    return False
+    return True
 
-    reference = systems[REFERENCE]
-    model = reference.manifest.model
-    assert reference.manifest.tokenizer is not None
-    tokenizer = Tokenizer.from_file(str(folder / reference.manifest.tokenizer))
-    longest, prefix = min(model.max_positions, MAX_ROWS), model.bos_token_id
+
+def answer_sets(asked: Asked, tasks: Sequence[LoadedTask], finished: Finished, jobs: int) -> Iterator[Finished]:
+    """Read the text and answer the sets that are not finished, some side by side, the longest first."""
+    left: dict[str, float] = {
+        task.dataset: sum(len(str(row)) for row in list(task.judge.eval_docs)[: asked.rows])
+        for task in tasks
+        if task.digest(asked.rows) not in finished.parts
+    }
+    if not {"exact", *(policy.describe() for policy in asked.policies)} <= set(finished.likelihoods):
+        left[PERPLEXITY_SET] = float("inf")
+    with multiprocessing.get_context("spawn").Pool(max(1, min(jobs, len(left)))) as pool:
+        yield from pool.imap_unordered(partial(answer_set, asked), sorted(left, key=lambda name: -left[name]))
+
+
+def answer_set(asked: Asked, dataset: str) -> Finished:
+    """Answer one set, or read the text, with the reference and each other precision."""
     done: Counter[str] = Counter()
-    said = [time.perf_counter()]
+    started_s = said_s = time.perf_counter()
 
-    def on_step(dataset: str) -> None:
-        done[dataset] += 1
-        if time.perf_counter() - said[0] > _PROGRESS_EVERY_S:
-            said[0] = time.perf_counter()
-            progress(f"{dataset} {done[dataset]}")
+    def on_step(name: str) -> None:
+        nonlocal said_s
+        done[name] += 1
+        if time.perf_counter() - said_s > _PROGRESS_EVERY_S:
+            said_s = time.perf_counter()
+            progress(f"{name} {done[name]}")
 
+    finished = Finished()
+    with ExitStack() as stack:
+        systems = {
+            one: stack.enter_context(open_system(path, engine=asked.engine)) for one, path in asked.bundles.items()
+        }
+        pipeline = PipelineOfEach({one: system.pipeline for one, system in systems.items()}, asked.same)
+        if dataset == PERPLEXITY_SET:
+            for policy in (Exact(), *asked.policies):
+                scorer = DistributedScorer(cast("Pipeline", pipeline), policy, 1, asked.model().sliding_window)
+                finished.likelihoods[policy.describe()] = text_likelihood(scorer, windows(asked), on_step)
+        else:
+            finished.likelihoods = dict.fromkeys(("exact", *(policy.describe() for policy in asked.policies)), 0.0)
+            compare(asked, pipeline, [load_task(dataset, asked.data_dir)], finished, on_step)
+            finished.likelihoods = {}
+    progress(f"{dataset}: done in {(time.perf_counter() - started_s) / 60:.1f} min")
+    return finished
+
+
+def windows(asked: Asked) -> list[Question]:
+    """Cut the text."""
+    model = asked.model()
+    return text_windows(
+        load_task(PERPLEXITY_SET, asked.data_dir),
+        asked.tokenizer(),
+        max_length=min(model.max_positions, MAX_ROWS),
+        tokens=asked.tokens,
+        prefix_token_id=model.bos_token_id,
+    )
+
+
+def compare(
+    asked: Asked,
+    pipeline: PipelineOfEach,
+    tasks: Sequence[LoadedTask],
+    finished: Finished,
+    on_step: Callable[[str], None] = lambda name: None,
+) -> list[Quality]:
+    """Compare each precision with the reference; what is not finished is answered."""
+    model = asked.model()
     return measure_quality(
-        cast("Pipeline", PipelineOfEach({one: system.pipeline for one, system in systems.items()})),
-        [cast("Policy", InPrecision(one)) for one in systems if one != REFERENCE],
+        cast("Pipeline", pipeline),
+        asked.policies,
         tasks,
-        text_windows(text, tokenizer, max_length=longest, tokens=tokens, prefix_token_id=prefix),
-        tokenizer,
-        max_length=longest,
+        windows(asked),
+        asked.tokenizer(),
+        max_length=min(model.max_positions, MAX_ROWS),
         window=model.sliding_window,
-        batch=batch,
-        limit=rows,
-        prefix_token_id=prefix,
+        batch=asked.batch,
+        limit=asked.rows,
+        prefix_token_id=model.bos_token_id,
         on_step=on_step,
         finished=finished,
-        on_finished=keep,
     )
 
 
