@@ -96,6 +96,12 @@ def model_options(function: AnyFunction) -> AnyFunction:
         ),
         click.option("--health", metavar="HOST:PORT", help="Serve /health there, for wdmoe-bs status and monitors."),
         click.option(
+            "--split",
+            type=click.Choice(["auto", "none"]),
+            default=DEFAULTS.split,
+            help="Send a long request in pieces where that is sooner: a device computes one while the next is on its way.",
+        ),
+        click.option(
             "--when-lost",
             type=click.Choice(["fail", "skip"]),
             default=DEFAULTS.when_lost,

@@ -42,6 +42,7 @@ class StationConfig:
     trace: Path | None = None  # where to write a timeline
     health: str | None = None  # HOST:PORT to serve /health on
     when_lost: Literal["fail", "skip"] = "fail"  # under policies other than exact
+    split: Literal["auto", "none"] = "auto"  # requests into pieces, where a device then computes while others travel
     # Of devices that dial in, as VirtualConfig has it for modelled ones:
     links: tuple[str, ...] = ()  # what real links carry, one for all or one each by name; empty: as requests tell
     channel: Literal["shared", "orthogonal"] | None = None  # None: as emulated devices say, else orthogonal

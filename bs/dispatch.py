@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import Any, Protocol
 
@@ -190,6 +190,22 @@ def regroup(shipment: Shipment, takes_over: Mapping[int, str]) -> list[Shipment]
             shipment.request.block, len(local), shipment.request.wire, expert[mine], position, weight[mine]
         )
         parts.append(Shipment(device, shipment.rows[local], request, shipment.packed[local]))
+    return parts
+
+
+def in_pieces(shipment: Shipment, pieces: int) -> list[Shipment]:
+    """Cut a request into some of about as many rows each; in one piece it is itself."""
+    if pieces == 1:
+        return [shipment]
+    expert, index, weight = entries(shipment.request)
+    bounds = [len(shipment.rows) * n // pieces for n in range(pieces + 1)]
+    parts: list[Shipment] = []
+    for start, end in pairwise(bounds):
+        mine = (index >= start) & (index < end)
+        request = _request(
+            shipment.request.block, end - start, shipment.request.wire, expert[mine], index[mine] - start, weight[mine]
+        )
+        parts.append(Shipment(shipment.device, shipment.rows[start:end], request, shipment.packed[start:end]))
     return parts
 
 

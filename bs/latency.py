@@ -127,6 +127,11 @@ class LatencyTracker:
         down_ms, up_ms = self.row_air_ms
         return rows * down_ms, self.round_trip_ms / 2, self.parts_ms(counts, rows)[1], rows * up_ms
 
+    def asked_on_share_ms(self, counts: Sequence[int], rows: int) -> tuple[float, float, float, float]:
+        """Predict the same on the share of the band that the device has now."""
+        send_ms, way_ms, compute_ms, reply_ms = self.asked_ms(counts, rows)
+        return send_ms / self.share, way_ms, compute_ms, reply_ms / self.share
+
     def model(self) -> DeviceLatency:
         """Return the model as it stands now."""
         if self._model is None:

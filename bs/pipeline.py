@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from wdmoe.bs.airtime import Medium, few_finish_ms, latency_model
+from wdmoe.bs.chunking import Turn, pieces_of_block, split_options, worth_asking
 from wdmoe.bs.config import InFlight
 from wdmoe.bs.deciding import asks_replicas, choose, context_of, knows_times, pairs_of_model
 from wdmoe.bs.dispatch import Shipment, relative_error, shipments_of
@@ -134,9 +135,10 @@ class Pipeline:
         skip_lost: bool = False,
         trace: Trace | None = None,
         medium: Medium | None = None,
-        on_dispatch: Callable[[Sequence[Shipment]], Sequence[int]] | None = None,
+        on_dispatch: Callable[[Sequence[Shipment]], Sequence[Turn]] | None = None,
         stage_workers: int = 1,
         band: LiveBand | None = None,
+        splits: bool = True,
     ) -> None:
         """Put the parts together.
 
@@ -150,10 +152,11 @@ class Pipeline:
             skip_lost: whether a policy other than exact may leave out what is lost.
             trace: collects a timeline.
             medium: what the devices' links are; None: one shared channel if an emulated device says so, else own ones.
-            on_dispatch: told what one microbatch is to send in one block; returns in which order. None: a pooled band is
-                divided, and on a shared channel the order is that of `airtime.few_finish_ms`.
+            on_dispatch: told what one microbatch is to send in one block; returns in which order and how many pieces. None:
+                a pooled band is divided, and on a shared channel the order is that of `airtime.few_finish_ms`.
             stage_workers: how many jobs the worker runs at a time.
             band: how devices that dial in share theirs.
+            splits: whether requests may go in pieces where that is sooner; see `chunking.py`.
         """
         keep_freed_memory()
         self._trace = trace
@@ -168,6 +171,7 @@ class Pipeline:
         self._medium: Medium = medium or "own"  # as of the last step
         self._band = band or LiveBand()
         self._in_flight = 1  # at most, in this run
+        self._splits = splits
         self._on_dispatch = on_dispatch or self._dispatch
         self.sensitivity: SensitivityFile | None = None  # of the blocks, as calibrated
         self.on_router: Callable[[int, Floats], None] | None = None  # told each block's logits, on the worker
@@ -297,22 +301,29 @@ class Pipeline:
         emulated = [device.latency.profile.emulated for device in self._hub.devices.values()]
         return "shared" if any(what is not None and what.shared for what in emulated) else "own"
 
-    def _dispatch(self, shipments: Sequence[Shipment]) -> Sequence[int]:
-        """Divide a pooled band, or say in which order to send on a shared channel; what the base station runs comes last."""
-        if self._medium == "own":
-            return range(len(shipments))
+    def _dispatch(self, shipments: Sequence[Shipment]) -> Sequence[Turn]:
+        """Divide a pooled band; say in which order to send and in how many pieces. What the base station runs comes last."""
+        splits = self._splits and len(self._flights) == 1 and worth_asking([len(s.rows) for s in shipments])
+        if self._medium == "own" and not splits:
+            return [Turn(n) for n in range(len(shipments))]
         devices = self._hub.devices
         there = [n for n, shipment in enumerate(shipments) if shipment.device in devices]
-        latencies, requests = (
-            [devices[shipments[n].device].latency for n in there],
-            [shipments[n].request for n in there],
-        )
+        latencies = [devices[shipments[n].device].latency for n in there]
+        requests = [shipments[n].request for n in there]
         asked = [latency.asked_ms(r.counts, r.rows) for latency, r in zip(latencies, requests, strict=True)]
         if self._medium == "pooled":
             for latency, share in zip(latencies, shares_of_block(asked, self._in_flight), strict=True):
                 latency.set_share(share, lasting=False)
-        _, order = few_finish_ms(asked, "shared")
-        return [*(there[turn] for turn in order), *(n for n in range(len(shipments)) if n not in there)]
+        order = list(range(len(there))) if self._medium == "own" else few_finish_ms(asked, "shared")[1]
+        pieces = [1] * len(order)
+        if splits:
+            options = [
+                split_options(requests[turn].counts, requests[turn].rows, latencies[turn].asked_on_share_ms)
+                for turn in order
+            ]
+            pieces = pieces_of_block(options, self._medium)
+        turns = [Turn(there[turn], n) for turn, n in zip(order, pieces, strict=True)]
+        return [*turns, *(Turn(n) for n in range(len(shipments)) if n not in there)]
 
     def _recover(self, policy: Policy) -> None:
         """Probe what was blocked in an earlier run, and wait for the answers if it is needed."""
@@ -393,8 +404,8 @@ class Pipeline:
         flight.waiting = len(flight.wants)
         flight.shared_pending = self._model.shared_expert
         wants = list(flight.wants)  # those that fail at once take themselves off
-        for which in self._on_dispatch(dispatched.shipments):
-            self.requests.ask(wants[which])
+        for turn in self._on_dispatch(dispatched.shipments):
+            self.requests.ask(wants[turn.which], turn.pieces)
 
     def _continue_if_complete(self, flight: Flight, policy: Policy) -> None:
         if flight.waiting or flight.shared_pending:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import msgspec
 import numpy as np
 
-from wdmoe.bs.dispatch import Partial, Shipment, entries, regroup
+from wdmoe.bs.dispatch import Partial, Shipment, entries, in_pieces, regroup
 from wdmoe.bs.fleet import BS_HOLDS, Fleet
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import HEARTBEAT_S, Complained, Event, Hub, Joined, Left, Replied
@@ -64,7 +64,7 @@ class Want:
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """A request that is out."""
+    """A request that is out, or a piece of one."""
 
     want: Want
     attempt: Attempt
@@ -72,6 +72,7 @@ class Pending:
     message: Message
     sent_s: float  # when it left, or will
     check_s: float  # when to look next
+    follows: bool = False  # another piece to the same device, whose time on the air says nothing about the link
     longer_ms: float = 0.0  # what a share of the band adds on the air
     reported_ms: float = 0.0  # of that, what the reply reports as waiting
     predicted_ms: float = 0.0
@@ -118,9 +119,9 @@ class Requests:
         self._probes: dict[int, str] = {}  # request id -> device
         self._next_id = 0
 
-    def ask(self, want: Want) -> None:
-        """Send what is wanted; if its device failed meanwhile, to those that take over."""
-        self._attempt(want, [want.shipment])
+    def ask(self, want: Want, pieces: int = 1) -> None:
+        """Send what is wanted, in so many pieces; if its device failed meanwhile, to those that take over."""
+        self._attempt(want, in_pieces(want.shipment, pieces))
 
     def abandon(self) -> None:
         """Forget what is out: what still comes is late, and counted."""
@@ -216,7 +217,8 @@ class Requests:
         if self._trace is not None:
             times_s = (pending.sent_s, now_s, header.queue_us / 1e6, header.compute_us / 1e6)
             self._trace.replies.append(Reply(name, request.block, want.name, *times_s))
-        self._answers.append(Answer(name, request.counts, request.rows, took_ms, header.compute_us / 1e3))
+        if not pending.follows:
+            self._answers.append(Answer(name, request.counts, request.rows, took_ms, header.compute_us / 1e3))
         want.record.bytes_up += message_bytes(message)
         compute_ms, queue_ms = header.compute_us / 1e3, max(0.0, header.queue_us / 1e3 - pending.reported_ms)
         air_ms = took_ms - compute_ms + pending.longer_ms
@@ -324,7 +326,7 @@ class Requests:
 
     def _hedge(self, pending: Pending) -> None:
         want = pending.want
-        if len(want.attempts) > 1 or pending.shipment is not want.shipment:
+        if len(want.attempts) > 1 or pending.shipment.device != want.shipment.device:
             return
         others = self._takers(want.shipment, avoid=want.shipment.device)
         if all(others.values()):
@@ -395,11 +397,11 @@ class Requests:
     def _send_attempt(self, want: Want, parts: list[Shipment]) -> None:
         attempt = Attempt(len(parts))
         want.attempts.append(attempt)
-        for part in parts:
+        for n, part in enumerate(parts):
             if part.device == BS_HOLDS:
                 self._ask_held(want, attempt, part)
             else:
-                self._send(want, attempt, part)
+                self._send(want, attempt, part, follows=n > 0 and part.device == parts[n - 1].device)
 
     def _ask_held(self, want: Want, attempt: Attempt, part: Shipment) -> None:
         want.record.bs_rows += len(part.rows)
@@ -413,14 +415,22 @@ class Requests:
     def _covers(self, block: int, expert: int) -> bool:
         return self._held is not None and self._held.covers(block, expert)
 
-    def _send(self, want: Want, attempt: Attempt, part: Shipment) -> None:
+    def _send(self, want: Want, attempt: Attempt, part: Shipment, follows: bool) -> None:
         number, now_s = self._new_id(), self._hub.clock.now_s()
         leaving = Sending(msgspec.structs.replace(part.request, request_id=number), now_s)
         if (device := self._hub.devices.get(part.device)) is not None and device.latency.share != 1:
             leaving = sending(leaving.request, part.packed.nbytes / len(part.packed), device, now_s)
         message, sent_s = Message(leaving.request, part.packed), leaving.leaves_s
         self._pending[number] = Pending(
-            want, attempt, part, message, sent_s, sent_s + LATE_AT_LEAST_S, leaving.longer_ms, leaving.reported_ms
+            want,
+            attempt,
+            part,
+            message,
+            sent_s,
+            sent_s + LATE_AT_LEAST_S,
+            follows,
+            leaving.longer_ms,
+            leaving.reported_ms,
         )
         self._unassessed.append(self._pending[number])
         want.record.bytes_down += message_bytes(message)

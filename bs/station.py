@@ -103,6 +103,7 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
             live_medium(config),
             stage_workers=config.stage_workers,
             band=band,
+            splits=config.split == "auto",
         )
         pipeline.sensitivity = read_sensitivity(folder, manifest)
         with ExitStack() as stack:

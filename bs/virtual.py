@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from wdmoe.bs.airtime import Curve, LatencyModel, Load, Times, latency_model, makespan
+from wdmoe.bs.airtime import Asked, Curve, LatencyModel, Load, Medium, Times, latency_model, makespan
 from wdmoe.bs.allocation import parts_ms, per_block, static
+from wdmoe.bs.chunking import Turn, pieces_of_block, split_options, worth_asking
 from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.dispatch import Shipment
 from wdmoe.bs.hub import Hub
@@ -105,7 +107,7 @@ class VirtualDevice:
 
 @dataclass(frozen=True, slots=True)
 class Transmitter:
-    """What the base station decides when a microbatch sends in a block: who is sent to first, and shares of the band.
+    """What the base station decides when a microbatch sends in a block: who is sent to first, shares of the band, pieces.
 
     With several microbatches in flight and a band that is divided anew for each block, each has an equal part of it
     to divide: what two of them send at the same time never takes more than there is.
@@ -115,9 +117,10 @@ class Transmitter:
     links: Sequence[LinkProfile]  # of each device
     row_bytes: float  # as charged
     in_flight: int
-    per_block: bool
+    medium: Medium
+    splits: bool  # whether requests may go in pieces
 
-    def dispatch(self, shipments: Sequence[Shipment]) -> Sequence[int]:
+    def dispatch(self, shipments: Sequence[Shipment]) -> Sequence[Turn]:
         """Set the shares of the devices that are asked; return the order of sending: the longest tail first.
 
         The order matters only on a shared channel.
@@ -126,21 +129,36 @@ class Transmitter:
         asked = {number[shipment.device]: n for n, shipment in enumerate(shipments) if shipment.device in number}
         calls = [(k, count) for k, n in asked.items() for count in shipments[n].request.counts]
         if not calls:
-            return range(len(shipments))
+            return [Turn(n) for n in range(len(shipments))]
         rows = np.zeros(len(number), np.int64)
         rows[list(asked)] = [len(shipments[n].rows) for n in asked.values()]
         load = Load(rows, *(np.array(part, np.int64) for part in zip(*calls, strict=True)))
         curves = [device.profile.curve() for device in self.devices]
         model = _modelled(curves, self.links, self.row_bytes, int(load.tokens.max()))
-        if self.per_block:
+        if self.medium == "pooled":
             part = model.with_rates(self.in_flight * model.down_ms, self.in_flight * model.up_ms)
             shares, _ = per_block(load, part)
             for k in asked:
                 self.devices[k].air.emulator.share = float(shares[k]) / self.in_flight
         order = makespan(load, model).order
         assert order is not None
-        first = [asked[int(k)] for k in order]
-        return [*first, *(n for n in range(len(shipments)) if n not in first)]
+        loaded = order.tolist()
+        pieces = [1] * len(loaded)
+        if self.splits and worth_asking([int(rows[k]) for k in loaded]):
+            options = []
+            for k in loaded:
+                request = shipments[asked[k]].request
+                options.append(split_options(request.counts, request.rows, partial(self._asked_ms, k, model)))
+            pieces = pieces_of_block(options, self.medium)
+        turns = [Turn(asked[k], n) for k, n in zip(loaded, pieces, strict=True)]
+        return [*turns, *(Turn(n) for n in range(len(shipments)) if n not in asked.values())]
+
+    def _asked_ms(self, k: int, model: LatencyModel, counts: Sequence[int], rows: int) -> Asked:
+        """Predict a request to device k on its share of the band; see `airtime.Asked`."""
+        share = self.devices[k].air.emulator.share
+        compute_ms = sum(map(self.devices[k].profile.call_ms, counts))
+        down_ms, way_ms, up_ms = (float(each[k]) for each in (model.down_ms, model.way_ms, model.up_ms))
+        return rows * down_ms / share, way_ms, compute_ms, rows * up_ms / share
 
 
 def static_shares(virtual: VirtualConfig, manifest: BsManifest, counts: Ints | None) -> Times:
@@ -234,12 +252,14 @@ def open_virtual_station(
     def make_worker(wake: Callable[[], None]) -> Worker[Outcome]:
         return VirtualWorker(clock, cost_s, link.wake_at, note_job)
 
+    medium = _medium_of(virtual)
     transmitter = Transmitter(
         devices,
         virtual.profiles,
         2.0 * (virtual.cost_shape.d_model if virtual.cost_shape is not None else manifest.model.d_model),
         config.in_flight if config.in_flight != "auto" else 1,  # it matters only with bandwidth for each block
-        virtual.bandwidth == "per-block",
+        medium,
+        config.split == "auto" and config.in_flight == 1,
     )
     stages = Stages(folder, manifest, config.threads)
     kept = None
@@ -264,7 +284,7 @@ def open_virtual_station(
         held,
         config.when_lost == "skip",
         trace,
-        medium="shared" if virtual.channel == "shared" else "pooled" if virtual.bandwidth == "per-block" else "own",
+        medium=medium,
         on_dispatch=transmitter.dispatch,
     )
     pipeline.sensitivity = read_sensitivity(folder, manifest)
@@ -274,6 +294,12 @@ def open_virtual_station(
         stack.callback(hub.close, "the base station is done")
         stack.callback(pipeline.close)
         yield Station(config, folder, manifest, hub, pipeline, virtual, kept)
+
+
+def _medium_of(virtual: VirtualConfig) -> Medium:
+    if virtual.channel == "shared":  # wires are nobody else's
+        return "shared" if any(link.half_duplex for link in virtual.profiles) else "own"
+    return "pooled" if virtual.bandwidth == "per-block" else "own"
 
 
 def _job_words(outcome: Outcome) -> str:

@@ -114,10 +114,8 @@ def main(
     sys.exit(0 if result["passed"] else 1)
 
 
-def real_records(
-    bundle: Path, testbed: Testbed, arm: VirtualConfig, policy: str, task: LoadedTask, rows: int
-) -> list[Record]:
-    """Answer rows over device processes, on one channel or each on its share of the band."""
+def start_devices(bundle: Path, testbed: Testbed, arm: VirtualConfig) -> tuple[Devices, str]:
+    """Start a process for each device of an arm; return them and the address that they dial."""
     address = free_address()
     devices = Devices()
     for number, (hardware, link) in enumerate(zip(arm.devices, arm.links, strict=True)):
@@ -126,6 +124,14 @@ def real_records(
         options += ["--channel", bundle / "channel"] if arm.channel == "shared" else []
         log = bundle / f"device-{number}.log"
         devices.by_name[f"device-{number}"] = DeviceProcess(f"device-{number}", command("wdmoe-device", *options), log)
+    return devices, address
+
+
+def real_records(
+    bundle: Path, testbed: Testbed, arm: VirtualConfig, policy: str, task: LoadedTask, rows: int
+) -> list[Record]:
+    """Answer rows over device processes, on one channel or each on its share of the band."""
+    devices, address = start_devices(bundle, testbed, arm)
     try:
         devices.keep()
         config = StationConfig(bundle, address, wire=testbed.wire, bandwidth=arm.bandwidth)

@@ -1,0 +1,168 @@
+"""Requests in pieces: when they pay, that they ask for the same, and what becomes of them when a device fails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import inprocess
+import numpy as np
+import pytest
+import tiny
+from inprocess import open_system, run_sequence
+
+from wdmoe.bs.airtime import Asked, few_finish_ms
+from wdmoe.bs.chunking import LEAST_ROWS, Turn, finish_ms, pieces_of_block, split_options
+from wdmoe.bs.config import StationConfig, VirtualConfig
+from wdmoe.bs.dispatch import Shipment, entries, in_pieces, split_by_device
+from wdmoe.bs.fleet import Health
+from wdmoe.bs.microbatch import pack_sequence
+from wdmoe.bs.policies import Exact
+from wdmoe.bs.records import Record
+from wdmoe.bs.routing import Floats, Plan, route
+from wdmoe.bs.stages import new_cache
+from wdmoe.bs.virtual import open_virtual_station
+from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
+from wdmoe.profiles.modelled import ExpertShape
+from wdmoe.runtime.messages import ExpertReply, Message, decode, encode
+
+PROMPT = list(b"How does one keep bread fresh for a week?")
+
+
+def device(row_ms: float, call_ms: float, call_row_ms: float, way_ms: float = 1.0) -> list[Asked]:
+    """Return the options of 64 rows: each on the air both ways, and one expert that all of them want."""
+
+    def ask(counts: Sequence[int], rows: int) -> Asked:
+        return rows * row_ms, way_ms, sum(call_ms + count * call_row_ms for count in counts), rows * row_ms
+
+    return split_options([64], 64, ask)
+
+
+def test_whole_requests_are_done_when_the_latency_model_says() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        asked: list[Asked] = [tuple(rng.uniform(0, 9, 4)) for _ in range(3)]  # type: ignore[misc]
+        done_ms, order = few_finish_ms(asked, "shared")
+        assert finish_ms([(asked[k], 1) for k in order]) == pytest.approx(max(done_ms))
+        assert finish_ms([(asked[0], 1)]) == pytest.approx(few_finish_ms(asked[:1], "own")[0][0])
+
+
+def test_pieces_pay_where_computing_takes_as_long_as_the_way() -> None:
+    # 64 ms down, 64 ms of computing, 64 ms up, 1 ms each way: whole 194. In four pieces the channel is never idle: all
+    # four are down at 64; three are computed by then, and the last by 81; replies from 64 on, 4 x 16; the way back.
+    balanced = device(1.0, 0.0, 1.0)
+    assert finish_ms([(balanced[0], 1)]) == pytest.approx(194)
+    assert finish_ms([(balanced[3], 4)]) == pytest.approx(64 + 64 + 1)
+    assert pieces_of_block([balanced], "own") == [4]
+    reading = device(1.0, 64.0, 0.01)  # each piece reads all the weights again
+    assert pieces_of_block([reading], "own") == [1]
+    assert pieces_of_block([device(0.001, 0.0, 1.0)], "own") == [1]  # nothing travels
+    assert pieces_of_block([device(1.0, 0.0, 0.01)], "own") == [1]  # nothing is computed
+    assert pieces_of_block([device(0.005, 0.0, 0.005, 0.01)], "own") == [1]  # not worth a message
+
+
+def test_few_rows_stay_together() -> None:
+    def ask(counts: Sequence[int], rows: int) -> Asked:
+        return 10.0 * rows, 0.0, 10.0 * sum(counts), 10.0 * rows
+
+    assert len(split_options([2 * LEAST_ROWS - 1], 2 * LEAST_ROWS - 1, ask)) == 1
+    assert len(split_options([2 * LEAST_ROWS], 2 * LEAST_ROWS, ask)) == 2
+
+
+def test_only_who_would_be_last_is_split_and_not_where_others_fill_the_air() -> None:
+    short = [tuple(part / 4 for part in asked) for asked in device(1.0, 0.0, 1.0)]
+    assert pieces_of_block([short, device(1.0, 0.0, 1.0)], "own") == [1, 4]  # type: ignore[list-item]
+    # On one channel two such devices hide each other's computing: what is left to gain is small.
+    many = [device(1.0, 0.0, 1.0) for _ in range(6)]
+    assert pieces_of_block(many, "shared") == [1] * 6
+    assert pieces_of_block(many[:1], "shared") == [4]
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 4])
+def test_pieces_ask_for_the_same(pieces: int) -> None:
+    rng = np.random.default_rng(pieces)
+    routing = route(rng.standard_normal((37, 8)).astype(np.float32), 3, True)
+    hidden = rng.standard_normal((37, 4)).astype(np.float32)
+    keep = rng.random(routing.experts.shape) < 0.7
+    plan, names = Plan(keep, routing.weights * keep), ("a", "b")
+    for shipment in split_by_device(5, routing, plan, np.arange(8) % 2, names, hidden, "fp32"):
+        parts = in_pieces(shipment, pieces)
+        for part in parts:
+            decode([bytes(frame) for frame in encode(part.message())], 4)  # what a device checks
+            np.testing.assert_array_equal(part.packed, hidden[part.rows])
+        np.testing.assert_array_equal(np.concatenate([part.rows for part in parts]), shipment.rows)
+        assert len(parts) == pieces and max(len(p.rows) for p in parts) - min(len(p.rows) for p in parts) <= 1
+        assert sorted(pair for part in parts for pair in asked_of(part)) == sorted(asked_of(shipment))
+
+
+def asked_of(shipment: Shipment) -> list[tuple[int, int, float]]:
+    return [(int(shipment.rows[row]), int(e), float(w)) for e, row, w in zip(*entries(shipment.request), strict=True)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Mixtral, all of whose experts are on one device."""
+    folder = tmp_path_factory.mktemp("alone")
+    config = ExportConfig(folder / "bundle", devices=1)
+    return export_bundle(plan_export(tiny.tiny_checkpoint(folder / "c", "mixtral"), "mixtral", config), config).out
+
+
+@pytest.mark.parametrize(
+    ("channel", "bandwidth"), [("shared", None), ("orthogonal", "uniform"), ("orthogonal", "per-block")]
+)
+def test_a_long_prompt_is_sooner_in_pieces_with_the_same_answer(
+    alone: Path, channel: str, bandwidth: str | None
+) -> None:
+    virtual = VirtualConfig(
+        ("orin-nano-8gb",), ("radio:mhz=100:efficiency=6:rtt_ms=1",), cost_shape=ExpertShape(4096, 14336),
+        cost_precision="int4", channel=channel, bandwidth=bandwidth, stage_ms=0.0,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+    def run(split: str) -> tuple[Floats, Record]:
+        config = StationConfig(alone, threads=1, wire="fp32", split=split)  # type: ignore[arg-type]
+        with open_virtual_station(config, virtual, lambda text: None) as station:
+            cache = new_cache(station.manifest, len(PROMPT) * 6)
+            microbatch = pack_sequence("prompt", PROMPT * 6, cache, None, all_logits=True)
+            ((_, result, record),) = station.pipeline.run([microbatch], Exact())
+            assert result.logits is not None
+            return result.logits, record
+
+    (whole, slow), (pieces, fast) = run("none"), run("auto")
+    np.testing.assert_allclose(pieces, whole, atol=1e-5)
+    requests = [record.devices["device-0"].requests for record in (slow, fast)]
+    assert requests[0] == 2 and requests[1] > 2  # blocks
+    assert fast.latency_ms < 0.9 * slow.latency_ms
+    # The same rows, and nothing more than a header for each further piece.
+    assert [sum(block.bytes_down for block in record.blocks) for record in (slow, fast)] == [2 * 246 * 32 * 4] * 2
+
+
+def vanish(message: Message) -> None:
+    return None
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_replica_takes_over_all_pieces_of_a_device_that_fails_between_them(bundle: Path, after: int) -> None:
+    with open_system(bundle, replicas=[3]) as system:
+        expected = run_sequence(system, PROMPT)
+        system.pipeline._on_dispatch = lambda shipments: [Turn(n, 3) for n in range(len(shipments))]
+        np.testing.assert_allclose(run_sequence(system, PROMPT), expected, atol=1e-5)
+        answered = [0]
+
+        def dies(message: Message) -> Message | None:
+            answered[0] += isinstance(message.header, ExpertReply)
+            return message if answered[0] <= after else None
+
+        handler = system.link.peers[b"device-3"]
+        system.link.peers[b"device-3"] = inprocess.edited(handler, system.manifest.model.d_model, dies)
+        np.testing.assert_allclose(run_sequence(system, PROMPT), expected, atol=1e-5)
+        assert system.pipeline.requests.fleet.of("device-3").health is not Health.HEALTHY
+
+
+def test_later_pieces_say_nothing_about_the_link(bundle: Path) -> None:
+    with open_system(bundle) as system:
+        tracker = system.hub.devices["device-0"].latency
+        run_sequence(system, PROMPT)
+        whole = len(tracker.ratios)
+        system.pipeline._on_dispatch = lambda shipments: [Turn(n, 3) for n in range(len(shipments))]
+        run_sequence(system, PROMPT)
+        assert len(tracker.ratios) == 2 * whole < 33
