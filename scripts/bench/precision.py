@@ -103,10 +103,12 @@ class PipelineOfEach:
         if precision in self.same and asked == self._asked:
             yield from self._last
             return
-        answered = list(self.pipelines[precision].run(microbatches, Exact(), in_flight))
+        answered: list[tuple[int, Result, Record]] = []
         if precision == REFERENCE:
             self._asked, self._last = asked, answered
-        yield from answered
+        for one in self.pipelines[precision].run(microbatches, Exact(), in_flight):
+            answered.append(one)
+            yield one
 
 
 @dataclass(frozen=True, slots=True)
