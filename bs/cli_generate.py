@@ -26,6 +26,7 @@ from wdmoe.bs.cli_common import (
     station_options,
     write_json,
 )
+from wdmoe.bs.cli_virtual import open_any_station, read_virtual, virtual_options
 from wdmoe.bs.config import StationConfig
 from wdmoe.bs.sampling import Sampling
 from wdmoe.runtime.stopping import StopFlag
@@ -70,6 +71,7 @@ Examples:
 @click.option("--seed", type=int, help="Of the random draws; without it one is drawn, and told at the end.")
 @click.option("--policy", default="exact", help="As for wdmoe-bs run; one.")
 @model_options
+@partial(virtual_options, seed=False)  # it has one of its own
 @json_option
 def generate(
     prompt: str | None,
@@ -82,19 +84,24 @@ def generate(
     temperature: float,
     top_p: float,
     max_tokens: int,
+    clock: str,
     **station: Any,
 ) -> None:
     """Continue a text or chat, word by word; where the time went is told at the end.
 
-    Ctrl-C ends an answer after the token that is being computed, a second Ctrl-C at once; exit code 130.
+    With --clock virtual the text is real and times are modelled. Ctrl-C ends an answer after the token that is being computed, a second Ctrl-C at once; exit code 130.
     """
     with reported_errors():
         from wdmoe.bs.chat import Conversation, load_chat_template
         from wdmoe.bs.generation import CachedModel, Writer, load_tokenizer
-        from wdmoe.bs.station import bs_folder, open_station
+        from wdmoe.bs.results import describe_clock
+        from wdmoe.bs.station import bs_folder
         from wdmoe.runtime.manifest import BsManifest, read_manifest
 
         _check_usage(prompt, chat, system, json_path)
+        virtual = read_virtual(clock, station)
+        if virtual is not None and chat == _INTERACTIVE:
+            raise ValueError("--chat without a text waits for a person, which --clock virtual cannot; give --chat TEXT")
         config = StationConfig(**station)
         (chosen,) = parse_policies((policy,), config.bundle)
         sampling = Sampling(temperature, top_p, max_tokens, stop, secrets.randbits(32) if seed is None else seed)
@@ -106,7 +113,7 @@ def generate(
         if prompt == "-":
             prompt = sys.stdin.read().removesuffix("\n")
 
-        with open_station(config, say) as open_:
+        with open_any_station(config, virtual) as open_:
             model = CachedModel(open_.pipeline, manifest.model, chosen)
             writer = Writer(model, tokenizer, manifest.model.eos_token_ids, open_.hub.clock)
             answer: Callable[[OnText, Cancelled], Completion]
@@ -119,13 +126,14 @@ def generate(
                     return
                 assert chat is not None
                 answer = partial(conversation.ask, chat)
-            completion = _shown(answer, sampling, streaming=str(json_path) != "-")
+            completion = _shown(answer, sampling, streaming=str(json_path) != "-", modelled=virtual is not None)
         if json_path is not None:
             described = {
                 "model": manifest.model.name,
                 **asdict(completion),
                 "policy": chosen.describe(),
                 "wire": config.wire,
+                "clock": describe_clock(virtual, config),
                 **asdict(sampling),
                 "command": command_line(),
             }
@@ -160,13 +168,20 @@ def _converse(conversation: Conversation, pipeline: Pipeline, sampling: Sampling
                     say(f"{error} (/clear starts anew)")
 
 
-def _shown(answer: Callable[[OnText, Cancelled], Completion], sampling: Sampling, streaming: bool = True) -> Completion:
+def _shown(
+    answer: Callable[[OnText, Cancelled], Completion],
+    sampling: Sampling,
+    streaming: bool = True,
+    modelled: bool = False,
+) -> Completion:
     """Show an answer while it comes, and the line about its timing."""
     with interruptible() as cancelled:
         completion = answer(_stream if streaming else _keep_quiet, cancelled)
     if streaming:
         click.echo()
     notes = [completion.timing.describe(len(completion.token_ids))]
+    if modelled:
+        notes.append("times modelled")
     if completion.finish == "cancelled":
         notes.append("cancelled")
     if sampling.temperature > 0:

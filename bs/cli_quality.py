@@ -21,6 +21,7 @@ from wdmoe.bs.cli_common import (
     throughput_options,
     write_json,
 )
+from wdmoe.bs.cli_virtual import open_any_station, read_virtual, virtual_options
 from wdmoe.bs.config import StationConfig
 
 # As `wdmoe.bs.quality.ACCURACY_SETS`, which costs an import of numpy.
@@ -40,6 +41,7 @@ _DATASETS = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
 @click.option("--tokens", type=click.IntRange(min=1), help="Only the first tokens of wikitext2.")
 @model_options
 @throughput_options
+@virtual_options
 @json_option
 def quality(
     policies: tuple[str, ...],
@@ -48,6 +50,7 @@ def quality(
     rows: int | None,
     tokens: int | None,
     json_path: Path | None,
+    clock: str,
     **station: Any,
 ) -> None:
     """Hold policies against the quality bar.
@@ -56,6 +59,7 @@ def quality(
     0.02 nats; and, over at least 5,000 rows, the lower end of the 95 % interval of the paired accuracy difference
     at least -1.0 points.
 
+    With --clock virtual the bundle's devices run in this process, and latencies, which policies look at, are modelled.
     With --json FILE what is done is kept in FILE.unfinished; the same command given again goes on from there.
     """
     with reported_errors():
@@ -63,9 +67,9 @@ def quality(
         from wdmoe.bs.experiment import load_tokenizer, max_length
         from wdmoe.bs.quality import PERPLEXITY_SET, Finished, QualityBar, measure_quality, text_windows
         from wdmoe.bs.results import circumstances, describe_quality, describe_station, read_finished, write_finished
-        from wdmoe.bs.station import open_station
         from wdmoe.bs.tables import quality_table
 
+        virtual = read_virtual(clock, station)
         config, command, bar = StationConfig(**station), command_line(), QualityBar()
         chosen = list({policy.describe(): policy for policy in parse_policies(policies, config.bundle)}.values())
         tasks = [load_task(name, data_dir) for name in dict.fromkeys(datasets)]
@@ -73,7 +77,7 @@ def quality(
             if not task.has_accuracy:
                 raise ValueError(f"--dataset {task.dataset} has no acc for each row, which the bar needs")
         text_task = load_task(PERPLEXITY_SET, data_dir)
-        with open_station(config, say) as open_:
+        with open_any_station(config, virtual) as open_:
             model, tokenizer = open_.manifest.model, load_tokenizer(open_)
             longest, prefix = max_length(open_), model.bos_token_id
             text = text_windows(text_task, tokenizer, max_length=longest, tokens=tokens, prefix_token_id=prefix)

@@ -47,8 +47,8 @@ def read_shape(context: click.Context, parameter: click.Parameter, text: str | N
     return ExpertShape(int(found[1]), int(found[2]))
 
 
-def device_options(function: AnyFunction) -> AnyFunction:
-    """Add --devices, --link, --channel, --bandwidth, --cost-shape, --cost-precision, --stage-ms and --seed."""
+def device_options(function: AnyFunction, seed: bool = True) -> AnyFunction:
+    """Add --devices, --link, --channel, --bandwidth, --cost-shape, --cost-precision, --stage-ms and, but where it is told, --seed."""
     options = (
         click.option(
             "--devices",
@@ -93,15 +93,15 @@ def device_options(function: AnyFunction) -> AnyFunction:
         click.option(
             "--stage-ms", type=float, help="What a stage of the base station is declared to take.  [default: 1.0]"
         ),
-        click.option("--seed", type=int, help="Of the links' jitter.  [default: 0]"),
+        *([click.option("--seed", type=int, help="Of the links' jitter.  [default: 0]")] if seed else []),
     )
     for option in reversed(options):
         function = option(function)
     return function
 
 
-def virtual_options(function: AnyFunction) -> AnyFunction:
-    """Add --clock and what belongs to a virtual one."""
+def virtual_options(function: AnyFunction, seed: bool = True) -> AnyFunction:
+    """Add --clock and what belongs to a virtual one; without --seed, the links' jitter is always the same."""
     clock = click.option(
         "--clock",
         type=click.Choice(["real", "virtual"]),
@@ -113,7 +113,7 @@ def virtual_options(function: AnyFunction) -> AnyFunction:
         metavar="NAME",
         help=f"Modelled base station that --bs-experts run on: {', '.join(station_names())}.  [default: laptop-8-core]",
     )
-    return clock(device_options(machine(function)))
+    return clock(device_options(machine(function), seed))
 
 
 def read_virtual(clock: str, options: dict[str, Any]) -> VirtualConfig | None:
@@ -122,7 +122,7 @@ def read_virtual(clock: str, options: dict[str, Any]) -> VirtualConfig | None:
     Raises:
         ValueError: something is missing, contradicts the rest, or belongs to the other clock.
     """
-    given = {name: value for name in VIRTUAL_OPTIONS if (value := options.pop(name)) is not None}
+    given = {name: value for name in VIRTUAL_OPTIONS if (value := options.pop(name, None)) is not None}
     if clock == "real":
         options.update((name, given.pop(name)) for name in ("links", "channel", "bandwidth") if name in given)
         if given:

@@ -160,6 +160,18 @@ def test_quality_holds_each_policy_against_the_bar(command: Command, tmp_path: P
     assert wlr["dropped_share"] > 0 == exact["dropped_share"]
 
 
+def test_quality_can_be_measured_on_modelled_devices(command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "quality.json"
+    line = ["quality", "--policy", "bottleneck:budget=0.3", "--dataset", "piqa-sample", "--rows", "2", "--tokens", "20"]
+    line += ["--clock", "virtual", "--devices", "agx-orin-64gb,orin-nx-16gb,orin-nano-8gb,orin-nano-8gb"]
+    line += ["--link", "wifi-6", "--channel", "orthogonal", "--bandwidth", "per-block", "--json", str(path)]
+    done = command(*line)
+    assert done.exit_code == 0, done.output
+    report = json.loads(path.read_text())
+    assert report["clock"]["kind"] == "virtual" and report["clock"]["bandwidth"] == "per-block"
+    assert report["results"][0]["divergence"]["mean_nats"] > 0 and report["results"][0]["dropped_share"] > 0
+
+
 def test_quality_needs_sets_with_right_and_wrong_answers(command: Command) -> None:
     done = command("quality", "--dataset", "wikitext2")
     assert done.exit_code == 2 and "--dataset wikitext2 has no acc for each row" in done.output

@@ -54,6 +54,20 @@ def test_the_seed_that_is_told_repeats_the_text(bundle: Path, address: str) -> N
     assert answer["timing"]["first_token_ms"] > 0 and answer["timing"]["waiting_ms_per_token"] > 0
 
 
+def test_a_text_in_virtual_time_is_the_same_and_its_times_are_modelled(bundle: Path, address: str) -> None:
+    asked = ("--prompt", "How does one", "--max-tokens", 8, "--json", "-")
+    real = json.loads(CliRunner().invoke(main, options(bundle, address, *asked)).stdout)
+    fleet = ("--clock", "virtual", "--devices", ",".join(["orin-nano-8gb"] * 4), "--link", "wifi-6", "--stage-ms", 2)
+    first, second = (CliRunner().invoke(main, options(bundle, address, *asked, *fleet)) for _ in range(2))
+    assert "times modelled" in first.stderr
+    answer = json.loads(first.stdout)
+    assert answer["token_ids"] == real["token_ids"]
+    assert answer["clock"]["kind"] == "virtual" and real["clock"] == {"kind": "real"}
+    assert answer["timing"] == json.loads(second.stdout)["timing"]
+    refused = CliRunner().invoke(main, options(bundle, address, "--chat", *fleet))
+    assert refused.exit_code == 2 and "--chat without a text waits for a person" in refused.output
+
+
 def test_a_question_in_the_chat_format_can_be_kept(bundle: Path, address: str, tmp_path: Path) -> None:
     path = tmp_path / "answer.json"
     asked = ("--chat", "Bread?", "--system", "Be brief.", "--max-tokens", 5, "--json", path)
