@@ -10,6 +10,7 @@ back costs two switches of thread in every block, and a heartbeat can wait for i
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -478,11 +479,13 @@ class Pipeline:
         if (known := self._known_workers.get((block, may_skip, deals))) is not None:
             return known
         owners: list[str] = []
+        so_far: Counter[str] = Counter()
         for expert in range(self._model.n_experts):
-            holder = self.requests.preferred(block, expert)
+            holder = self.requests.preferred(block, expert, so_far)
             if holder is None and not may_skip:
                 raise self._nobody(block, expert)
             owners.append(holder or NOBODY)
+            so_far[owners[-1]] += 1
         sharing = [self.requests.sharing(block, expert) for expert in range(self._model.n_experts)] if deals else []
         kept = self._held.kept_in(block) if self._held is not None else np.zeros(0, np.bool_)
         own = {BS_HOLDS} if kept.any() else set()
