@@ -15,13 +15,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from wdmoe.bs.airtime import FEW, LatencyModel, Load, Times, pooled_root
+from wdmoe.bs.airtime import FEW, Ints, LatencyModel, Load, Times, pooled_root
 from wdmoe.runtime.errors import WdmoeError
 
 _STEPS = 300  # of the rough search
 _ROUNDS = 60
 _LEAST = 1e-9  # share of a device that is never asked
 _GAP = 1e-8  # of the optimum, to which static shares are known
+USUAL_TOKENS = 64  # of a microbatch, to which static shares are fitted: of a question and its choices
+_LEAST_USED = 1e-3  # share of a device that is never asked, as far as is known
 
 
 def uniform(n_devices: int) -> Times:
@@ -76,6 +78,30 @@ def finish_together(air_ms: Sequence[float], fixed_ms: Sequence[float]) -> tuple
     parts = [a / (total_ms - f) if a > 0 else 0.0 for a, f in zip(air_ms, fixed_ms, strict=True)]
     scale = 1 / whole if (whole := sum(parts)) else 0.0  # what rounding, or one that needs no air, left over
     return [scale * part for part in parts], total_ms
+
+
+def static_of_use(model: LatencyModel, owner: Ints, top_k: int, counts: Ints | None) -> Times:
+    """Divide the band once for all blocks, by what microbatches of a usual size ask of the devices under exact: [K].
+
+    Args:
+        model: of the devices, with the rates of the whole band.
+        owner: [n_blocks, n_experts], the device of each expert.
+        top_k: experts of one token.
+        counts: how often each expert is used, [n_blocks, n_experts]; None: alike.
+
+    Raises:
+        WdmoeError: SciPy is missing.
+    """
+    parts = []
+    for owned, used in zip(owner, np.ones(owner.shape, np.int64) if counts is None else counts, strict=True):
+        wanted = np.minimum(1.0, top_k * used / max(1, used.sum()))  # by that part of the tokens
+        spared = np.ones(model.n_devices)  # the part that wants none of a device's experts
+        np.multiply.at(spared, owned, 1 - wanted)
+        rows, tokens = (np.rint(USUAL_TOKENS * part).astype(np.int64) for part in (1 - spared, wanted))
+        parts.append(parts_ms(Load(rows, owned, tokens), model))
+    shares = np.maximum(static(*map(np.array, zip(*parts, strict=True))), _LEAST_USED)
+    floored: Times = np.floor(1e4 * shares / shares.sum()) / 1e4
+    return floored
 
 
 def static(air_ms: Times, fixed_ms: Times) -> Times:

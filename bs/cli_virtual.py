@@ -75,7 +75,7 @@ def device_options(function: AnyFunction, seed: bool = True) -> AnyFunction:
             "--bandwidth",
             metavar="HOW",
             help="How orthogonal shares are divided: uniform; static, once for all blocks by how often each expert is used "
-            "(--bs-counts), in virtual time; numbers like 0.2,0.3,0.5; or per-block: anew for each block, so that all finish "
+            "(--bs-counts); numbers like 0.2,0.3,0.5; or per-block: anew for each block, so that all finish "
             "together. In real time senders keep to it by pacing.  [default: uniform; in real time nothing is divided]",
         ),
         click.option(
@@ -137,7 +137,7 @@ def read_virtual(clock: str, options: dict[str, Any]) -> VirtualConfig | None:
 
 def open_any_station(config: StationConfig, virtual: VirtualConfig | None) -> AbstractContextManager[Station]:
     """Open a station over devices that dial in, or in virtual time."""
-    static = virtual is not None and virtual.bandwidth == "static"
+    static = (config if virtual is None else virtual).bandwidth == "static"
     if config.bs_counts is not None and config.bs_experts == "none" and not static:
         raise ValueError("--bs-counts says which experts --bs-experts takes; give that as well")
     if virtual is None:

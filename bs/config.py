@@ -46,7 +46,9 @@ class StationConfig:
     # Of devices that dial in, as VirtualConfig has it for modelled ones:
     links: tuple[str, ...] = ()  # what real links carry, one for all or one each by name; empty: as requests tell
     channel: Literal["shared", "orthogonal"] | None = None  # None: as emulated devices say, else orthogonal
-    bandwidth: str | None = None  # uniform, per-block, or numbers like 0.2,0.3,0.5 by name; None: nothing is divided
+    bandwidth: str | None = (
+        None  # uniform, static, per-block, or numbers like 0.2,0.3,0.5 by name; None: nothing is divided
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
@@ -79,14 +81,13 @@ class StationConfig:
     @property
     def fixed_shares(self) -> tuple[float, ...] | None:
         """The shares that --bandwidth lists; None: it lists none."""
-        if self.bandwidth in (None, "uniform", "per-block"):
+        if self.bandwidth in (None, "uniform", "static", "per-block"):
             return None
         try:
             return tuple(float(part) for part in self.bandwidth.split(","))
         except ValueError as error:
             raise ValueError(
-                f"--bandwidth is {self.bandwidth!r}, expected uniform, per-block, or numbers like 0.2,0.3,0.5; static is for "
-                "--clock virtual"
+                f"--bandwidth is {self.bandwidth!r}, expected uniform, static, per-block, or numbers like 0.2,0.3,0.5"
             ) from error
 
     @property

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from wdmoe.bs.airtime import Medium
+import numpy as np
+
+from wdmoe.bs.airtime import Medium, latency_model
+from wdmoe.bs.allocation import USUAL_TOKENS, static_of_use
 from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.health import serve_health, snapshot
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
-from wdmoe.bs.kept import Kept, keep_measured
+from wdmoe.bs.kept import Kept, keep_measured, usage
 from wdmoe.bs.pipeline import Outcome, Pipeline
 from wdmoe.bs.roster import BS_KEY_NAME, ROSTER_NAME, FileRoster
 from wdmoe.bs.sensitivity import read_sensitivity
 from wdmoe.bs.stages import open_stages
 from wdmoe.bs.tracing import STAGES, Trace
 from wdmoe.bs.transmitting import Division, LiveBand
-from wdmoe.profiles.link_profile import modelled_link
+from wdmoe.profiles.link_profile import LinkProfile, modelled_link
 from wdmoe.runtime.clock import RealClock
 from wdmoe.runtime.departures import SPIN_S
 from wdmoe.runtime.errors import BundleError, WdmoeError
@@ -80,7 +83,10 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
         say(f"waiting up to {config.wait_s:g} s for {waiting}")
         hub.wait_for_devices(config.wait_s)
         say(f"connected: {introduced(hub)}")
-        band = live_band(config, hub, manifest.model.d_model)
+        band = live_band(config, hub, manifest)
+        if config.bandwidth == "static" and isinstance(band.division, Mapping):
+            said = ", ".join(f"{name} {share:.3f}" for name, share in band.division.items())
+            say(f"static shares of the band: {said}")
         band.admit(hub.devices.values())
         for name in band.rateless(hub.devices.values()):
             say(f"{name}: what its link carries is not known; its share applies once requests tell it, or give --link")
@@ -129,7 +135,7 @@ def live_medium(config: StationConfig) -> Medium | None:
     return "own" if config.channel or config.bandwidth else None
 
 
-def live_band(config: StationConfig, hub: Hub, d_model: int) -> LiveBand:
+def live_band(config: StationConfig, hub: Hub, manifest: BsManifest) -> LiveBand:
     """Say what is known of the links of the devices that are connected, and how their band is divided.
 
     Raises:
@@ -157,9 +163,35 @@ def live_band(config: StationConfig, hub: Hub, d_model: int) -> LiveBand:
     division: Division | None = None
     if shares is not None:
         division = dict(zip(names, shares, strict=True))
+    elif config.bandwidth == "static":
+        division = static_division(hub, manifest, links, config)
     elif config.bandwidth is not None:
         division = "uniform" if config.bandwidth == "uniform" else "per-block"
-    return LiveBand(division, links, row_bytes(d_model, config.wire))
+    return LiveBand(division, links, row_bytes(manifest.model.d_model, config.wire))
+
+
+def static_division(
+    hub: Hub, manifest: BsManifest, links: Mapping[str, LinkProfile], config: StationConfig
+) -> dict[str, float]:
+    """Divide the band once, by what is known of the devices and links and how often each expert is used.
+
+    Raises:
+        WdmoeError: what a link carries is not known, or SciPy is missing.
+    """
+    names, owner = hub.owners()
+    trackers = [hub.devices[name].latency for name in names]
+    row = row_bytes(manifest.model.d_model, config.wire)
+    air_ms = [
+        (links[name].down_ms(row), links[name].up_ms(row)) if name in links else tracker.row_air_ms
+        for name, tracker in zip(names, trackers, strict=True)
+    ]
+    if unknown := [name for name, ways in zip(names, air_ms, strict=True) if not all(ways)]:
+        raise WdmoeError(f"--bandwidth static: what the link of {unknown[0]} carries is not known; give --link")
+    down_ms, up_ms = map(np.array, zip(*air_ms, strict=True))
+    model = latency_model([tracker.model() for tracker in trackers], USUAL_TOKENS).with_rates(down_ms, up_ms)
+    counts, _ = usage(manifest, config.bs_counts)
+    shares = static_of_use(model, np.array(owner), manifest.model.top_k, counts)
+    return dict(zip(names, shares.tolist(), strict=True))
 
 
 def introduced(hub: Hub) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from wdmoe.bs.airtime import Asked, Curve, LatencyModel, Load, Medium, Times, latency_model, makespan
-from wdmoe.bs.allocation import parts_ms, per_block, static
+from wdmoe.bs.allocation import USUAL_TOKENS, per_block, static_of_use
 from wdmoe.bs.chunking import Turn, pieces_of_block, split_options, worth_asking
 from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.dispatch import Shipment
@@ -56,8 +56,6 @@ from wdmoe.runtime.virtual_time import Frames, TimedPeer, VirtualLink, VirtualWo
 from wdmoe.runtime.worker import Worker
 
 Say = Callable[[str], None]
-_USUAL_TOKENS = 64  # of a microbatch, to which static shares are fitted: of a question and its choices
-_LEAST_SHARE = 1e-3  # of a device that is never asked, as far as is known
 
 
 @dataclass(slots=True)
@@ -172,24 +170,13 @@ def static_shares(virtual: VirtualConfig, manifest: BsManifest, counts: Ints | N
     Raises:
         WdmoeError: SciPy is missing.
     """
-    spec, n_devices = manifest.model, len(virtual.devices)
+    spec = manifest.model
     shape = virtual.cost_shape or ExpertShape(spec.d_model, spec.d_ff)
     precision = virtual.cost_precision or (manifest.precision if manifest.precision in PRECISIONS else "fp16")
     curves = [modelled_profile(name, precision, shape).curve() for name in virtual.devices]
-    model = _modelled(curves, virtual.profiles, 2.0 * shape.d_model, _USUAL_TOKENS)
-    if counts is None:
-        counts = np.ones((spec.n_blocks, spec.n_experts), np.int64)
-    parts = []
-    for placement, used in zip(manifest.placement, counts, strict=True):
-        owner = np.array([holders[0] for holders in placement])
-        wanted = np.minimum(1.0, spec.top_k * used / max(1, used.sum()))  # by that part of the tokens
-        spared = np.ones(n_devices)  # the part that wants none of a device's experts
-        np.multiply.at(spared, owner, 1 - wanted)
-        rows, tokens = (np.rint(_USUAL_TOKENS * part).astype(np.int64) for part in (1 - spared, wanted))
-        parts.append(parts_ms(Load(rows, owner, tokens), model))
-    shares = np.maximum(static(*map(np.array, zip(*parts, strict=True))), _LEAST_SHARE)
-    floored: Times = np.floor(1e4 * shares / shares.sum()) / 1e4
-    return floored
+    model = _modelled(curves, virtual.profiles, 2.0 * shape.d_model, USUAL_TOKENS)
+    owner = np.array([[holders[0] for holders in block] for block in manifest.placement])
+    return static_of_use(model, owner, spec.top_k, counts)
 
 
 def _modelled(curves: Sequence[Curve], links: Sequence[LinkProfile], row_bytes: float, up_to: int) -> LatencyModel:

@@ -152,6 +152,7 @@ def test_what_the_share_adds_is_air_and_says_nothing_of_the_device(bundle: Path)
         ({"channel": "orthogonal"}, "own"),
         ({"bandwidth": "uniform"}, "own"),
         ({"bandwidth": "per-block"}, "pooled"),
+        ({"bandwidth": "static"}, "own"),
         ({"bandwidth": "0.1,0.2,0.3,0.4"}, "own"),
     ],
 )
@@ -159,12 +160,24 @@ def test_options_say_what_the_medium_is(options: dict[str, str], medium: Medium 
     assert live_medium(StationConfig(**options)) == medium  # type: ignore[arg-type]
 
 
+def test_static_shares_are_those_of_virtual_time_and_need_rates(bundle: Path) -> None:
+    pytest.importorskip("scipy")
+    slow_last = ("wifi-6-near", "wifi-6-near", "wifi-6-near", "wifi-6-far")
+    with open_system(bundle) as system:
+        config = StationConfig(bandwidth="static", links=slow_last)
+        shares = live_band(config, system.hub, system.manifest).division
+        assert isinstance(shares, dict) and list(shares) == NAMES
+        assert 0.999 < sum(shares.values()) <= 1 and max(shares, key=lambda name: shares[name]) == "device-3"
+        with pytest.raises(WdmoeError, match="the link of device-0 carries is not known; give --link"):
+            live_band(StationConfig(bandwidth="static"), system.hub, system.manifest)
+
+
 def test_what_cannot_be_divided_is_refused_by_name(bundle: Path) -> None:
     for options, reason in (
         ({"channel": "shared", "bandwidth": "uniform"}, "leave one of them out"),
         ({"in_flight": "auto", "bandwidth": "per-block"}, "give --in-flight a number"),
         ({"bandwidth": "0.5,0.6"}, "sum to at most 1"),
-        ({"bandwidth": "half"}, "expected uniform, per-block, or numbers"),
+        ({"bandwidth": "half"}, "expected uniform, static, per-block, or numbers"),
         ({"links": ("string",)}, "no link is called 'string'"),
     ):
         with pytest.raises(ValueError, match=reason):
@@ -175,8 +188,8 @@ def test_what_cannot_be_divided_is_refused_by_name(bundle: Path) -> None:
             (StationConfig(bandwidth="0.5,0.5"), "2 shares for 4 devices"),
         ):
             with pytest.raises(ValueError, match=reason):
-                live_band(config, system.hub, 32)
-        band = live_band(StationConfig(bandwidth="0.1,0.2,0.3,0.4", links=("wifi-6",)), system.hub, 32)
+                live_band(config, system.hub, system.manifest)
+        band = live_band(StationConfig(bandwidth="0.1,0.2,0.3,0.4", links=("wifi-6",)), system.hub, system.manifest)
         assert band.division == dict(zip(NAMES, (0.1, 0.2, 0.3, 0.4), strict=True)) and list(band.links) == NAMES
         profile = system.hub.devices["device-2"].latency.profile
         shared = Emulated("orin-nano-8gb", "wifi-6-mid", 0, 32, 64, "fp16", shared=True)
@@ -184,4 +197,4 @@ def test_what_cannot_be_divided_is_refused_by_name(bundle: Path) -> None:
             profile, origin="emulated", emulated=shared
         )
         with pytest.raises(WdmoeError, match="device-2 is emulated on a channel that all share"):
-            live_band(StationConfig(bandwidth="uniform"), system.hub, 32)
+            live_band(StationConfig(bandwidth="uniform"), system.hub, system.manifest)
