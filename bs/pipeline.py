@@ -10,18 +10,16 @@ back costs two switches of thread in every block, and a heartbeat can wait for i
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
-from wdmoe.bs.airtime import Medium, few_finish_ms, latency_model
-from wdmoe.bs.chunking import Turn, pieces_of_block, split_options, worth_asking
+from wdmoe.bs.airtime import Medium, latency_model
+from wdmoe.bs.chunking import Turn
 from wdmoe.bs.config import InFlight
 from wdmoe.bs.deciding import asks_replicas, choose, context_of, knows_times, pairs_of_model
 from wdmoe.bs.dispatch import Shipment, relative_error, shipments_of
-from wdmoe.bs.fleet import BS_HOLDS, NOBODY
+from wdmoe.bs.flights import Dispatched, Flight, Held, Outcome, Shared
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
 from wdmoe.bs.importance import norms_of_text
@@ -33,93 +31,20 @@ from wdmoe.bs.policies import Exact, Policy, RoundRobin, check_budgets
 from wdmoe.bs.policies.exact import select_exact
 from wdmoe.bs.records import BlockRecord, Record
 from wdmoe.bs.requests import Requests, Want, lost_share
+from wdmoe.bs.rota import NO_WORKERS, Rota, Workers
 from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing
 from wdmoe.bs.sensitivity import SensitivityFile
 from wdmoe.bs.stages import OnStation, StationStages
 from wdmoe.bs.tracing import LOOP, STAGES, WAITS, Trace
-from wdmoe.bs.transmitting import LiveBand, shares_of_block
-from wdmoe.runtime.errors import DeviceFailed, DevicesMissing
+from wdmoe.bs.transmitting import LiveBand, Transmitter
 from wdmoe.runtime.manifest import BsManifest
 from wdmoe.runtime.memory import keep_freed_memory
 from wdmoe.runtime.messages import ExpertRequest, Rows, Wire
 from wdmoe.runtime.worker import Worker
 
 _LOSSLESS = (Exact, RoundRobin)  # policies that leave nothing out
-_STAND_IN = DeviceLatency(((1, 1.0),), 0.0)  # of experts that no device runs now: they are not measured
 RECOVER_S = 2.0  # at the start of a run, for devices that were blocked in an earlier one
 SHORT_MS = 20.0  # what took no longer in the block before may hold up the loop
-
-
-@dataclass(frozen=True, slots=True)
-class Dispatched:
-    """What a step of the worker leaves: requests to send, and what the next stage needs."""
-
-    residual: OnStation
-    hidden: OnStation
-    shipments: list[Shipment]
-    asked: Floats  # [n, k], the gate weights asked for
-    record: BlockRecord
-
-
-@dataclass(slots=True, eq=False)
-class Flight:
-    """One microbatch on its way."""
-
-    number: int  # of the microbatch, in the order they came
-    microbatch: Microbatch
-    prepared: OnStation  # what every stage takes
-    started_s: float
-    record: Record
-    block: int = 0
-    residual: OnStation = None
-    wants: list[Want] = field(default_factory=list)  # of this block, by device
-    waiting: int = 0  # wants that are not done
-    asked: Floats | None = None
-    shared: OnStation = None
-    shared_pending: bool = False
-    result: Result | None = None
-    stage_done_s: float = 0.0
-    step_ms: float = float("inf")  # what the last step took; of the first, nothing is known
-    shared_ms: float = float("inf")  # and the last shared expert
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """An answer of the base station's own experts, and who waits for it."""
-
-    sums: Rows
-    take: Callable[[Rows], None]
-    request: ExpertRequest
-    record: BlockRecord  # of the block that it is for
-    predicted_ms: float | None  # None: something had to be loaded
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """The output of a block's shared expert."""
-
-    rows: OnStation
-
-
-Outcome = tuple[Flight | None, "Dispatched | Result | Shared | Held"]
-
-
-@dataclass(frozen=True, slots=True)
-class Workers:
-    """Who runs the experts of one block."""
-
-    names: tuple[str, ...]
-    owner: Ints  # [n_experts], index into names
-    kept: Bools | None = None  # [n_experts], what the base station keeps as well; None: nothing of the block
-    holders: Bools | None = None  # [n_experts, n_names], all who may run each expert; None: its owner alone is asked
-
-    @property
-    def station(self) -> int:
-        """Number of the base station, where it keeps anything."""
-        return self.names.index(BS_HOLDS)
-
-
-_NO_WORKERS = Workers((), np.empty(0, np.int64))
 
 
 class Pipeline:
@@ -136,10 +61,11 @@ class Pipeline:
         skip_lost: bool = False,
         trace: Trace | None = None,
         medium: Medium | None = None,
-        on_dispatch: Callable[[Sequence[Shipment]], Sequence[Turn]] | None = None,
+        on_dispatch: Callable[[Sequence[Shipment], bool], Sequence[Turn]] | None = None,
         stage_workers: int = 1,
         band: LiveBand | None = None,
         splits: bool = True,
+        learns: bool = False,
     ) -> None:
         """Put the parts together.
 
@@ -153,11 +79,11 @@ class Pipeline:
             skip_lost: whether a policy other than exact may leave out what is lost.
             trace: collects a timeline.
             medium: what the devices' links are; None: one shared channel if an emulated device says so, else own ones.
-            on_dispatch: told what one microbatch is to send in one block; returns in which order and how many pieces. None:
-                a pooled band is divided, and on a shared channel the order is that of `airtime.few_finish_ms`.
+            on_dispatch: what stands in for `Transmitter.dispatch` where time is virtual.
             stage_workers: how many jobs the worker runs at a time.
             band: how devices that dial in share theirs.
             splits: whether requests may go in pieces where that is sooner; see `chunking.py`.
+            learns: whether also by what requests tell of a link.
         """
         keep_freed_memory()
         self._trace = trace
@@ -168,24 +94,19 @@ class Pipeline:
         self._held = held
         self._wire: Wire = wire
         self._skip_lost = skip_lost
-        self._given_medium = medium
-        self._medium: Medium = medium or "own"  # as of the last step
-        self._band = band or LiveBand()
-        self._in_flight = 1  # at most, in this run
-        self._splits = splits
-        self._on_dispatch = on_dispatch or self._dispatch
+        self._transmitter = Transmitter(hub, band or LiveBand(), medium, splits, learns)
+        self._on_dispatch = on_dispatch or self._transmitter.dispatch
         self.sensitivity: SensitivityFile | None = None  # of the blocks, as calibrated
         self.on_router: Callable[[int, Floats], None] | None = None  # told each block's logits, on the worker
         self._worker = make_worker(hub.wake)
         self.requests = Requests(hub, held, self._run_held, trace)
+        self._rota = Rota(hub, self.requests, held, manifest.model, self._transmitter.look_again)
         self._flights: list[Flight] = []
         self._landed: list[Flight] = []
         self.pacing = Pacing()
         self._paced = False  # whether this run asks it
         self._stage_workers = stage_workers
         self._uncosted: list[tuple[float, list[Shipment]]] = []  # steps, how long each took, that pacing does not know
-        self._known_workers: dict[tuple[int, bool, bool], Workers] = {}  # while nobody comes, goes or fails
-        self._known_at = self._served_at = (-1, -1)
 
     def run(
         self, microbatches: Iterable[Microbatch], policy: Policy, in_flight: InFlight = 1
@@ -199,7 +120,7 @@ class Pipeline:
             ValueError: the policy asks for what is not known of this model.
         """
         check_budgets(policy, self._model.n_blocks)
-        self._in_flight = 1 if in_flight == "auto" else in_flight
+        self._transmitter.in_flight = 1 if in_flight == "auto" else in_flight
         self._paced = in_flight == "auto"
         self._recover(policy)
         source = enumerate(microbatches)
@@ -283,7 +204,9 @@ class Pipeline:
     def _learn(self) -> None:
         """Let pacing know what the last steps cost; while what they sent is on its way."""
         for step_ms, shipments in self._uncosted:
-            self.pacing.note(cost_of_block(step_ms, self._asked(shipments), self._medium, self._stage_workers))
+            self.pacing.note(
+                cost_of_block(step_ms, self._asked(shipments), self._transmitter.medium, self._stage_workers)
+            )
         self._uncosted.clear()
 
     def _asked(self, shipments: Sequence[Shipment]) -> list[Request]:
@@ -295,50 +218,12 @@ class Pipeline:
                 asked.append(Request(device.name, air_ms, compute_ms, device.latency.round_trip_ms))
         return asked
 
-    def _medium_now(self) -> Medium:
-        """Say what the links are; emulated devices tell whether they share a channel."""
-        if self._given_medium is not None:
-            return self._given_medium
-        emulated = [device.latency.profile.emulated for device in self._hub.devices.values()]
-        return "shared" if any(what is not None and what.shared for what in emulated) else "own"
-
-    def _dispatch(self, shipments: Sequence[Shipment]) -> Sequence[Turn]:
-        """Divide a pooled band; say in which order to send and in how many pieces. What the base station runs comes last."""
-        splits = self._splits and len(self._flights) == 1 and worth_asking([len(s.rows) for s in shipments])
-        if self._medium == "own" and not splits:
-            return [Turn(n) for n in range(len(shipments))]
-        devices = self._hub.devices
-        there = [n for n, shipment in enumerate(shipments) if shipment.device in devices]
-        latencies = [devices[shipments[n].device].latency for n in there]
-        requests = [shipments[n].request for n in there]
-        asked = [latency.asked_ms(r.counts, r.rows) for latency, r in zip(latencies, requests, strict=True)]
-        if self._medium == "pooled":
-            for latency, share in zip(latencies, shares_of_block(asked, self._in_flight), strict=True):
-                latency.set_share(share, lasting=False)
-        order = list(range(len(there))) if self._medium == "own" else few_finish_ms(asked, "shared")[1]
-        pieces = [1] * len(order)
-        if splits:
-            options = [
-                split_options(requests[turn].counts, requests[turn].rows, latencies[turn].asked_on_share_ms)
-                for turn in order
-            ]
-            pieces = pieces_of_block(options, self._medium)
-        turns = [Turn(there[turn], n) for turn, n in zip(order, pieces, strict=True)]
-        return [*turns, *(Turn(n) for n in range(len(shipments)) if n not in there)]
-
     def _recover(self, policy: Policy) -> None:
         """Probe what was blocked in an earlier run, and wait for the answers if it is needed."""
         self.requests.probe_blocked()
         deadline_s = self._hub.clock.now_s() + RECOVER_S
-        while self._hub.clock.now_s() < deadline_s and not self._may_skip(policy) and not self._all_served():
+        while self._hub.clock.now_s() < deadline_s and not self._may_skip(policy) and not self._rota.all_served():
             self.requests.on_events(self._hub.turn(0.1))
-
-    def _all_served(self) -> bool:
-        """Whether every expert has somebody who may run it; looked up anew only when that may have changed."""
-        now_at = (self._hub.changes, self.requests.fleet.changes)
-        if now_at != self._served_at and not self.requests.unserved(self._model):
-            self._served_at = now_at
-        return now_at == self._served_at
 
     def _depart(self, number: int, microbatch: Microbatch, policy: Policy) -> None:
         now_s = self._hub.clock.now_s()
@@ -405,7 +290,7 @@ class Pipeline:
         flight.waiting = len(flight.wants)
         flight.shared_pending = self._model.shared_expert
         wants = list(flight.wants)  # those that fail at once take themselves off
-        for turn in self._on_dispatch(dispatched.shipments):
+        for turn in self._on_dispatch(dispatched.shipments, len(self._flights) == 1):
             self.requests.ask(wants[turn.which], turn.pieces)
 
     def _continue_if_complete(self, flight: Flight, policy: Policy) -> None:
@@ -428,9 +313,9 @@ class Pipeline:
     def _submit_step(self, flight: Flight, combined: Callable[[], OnStation] | None, policy: Policy) -> None:
         block, residual = flight.block, flight.residual
         last = block == self._model.n_blocks  # with the head: another thing than the steps before it
-        workers = _NO_WORKERS if last else self._workers(block, policy)
+        workers = NO_WORKERS if last else self._rota.of_block(block, self._may_skip(policy), asks_replicas(policy))
         timeless = last or (not knows_times(policy) and workers.kept is None)
-        latencies = () if timeless else self._latencies(workers, flight.shared_ms)
+        latencies = () if timeless else self._rota.latencies(workers, flight.shared_ms, len(self._flights))
         short = not last and self._is_short(flight.step_ms)
         self._worker.submit(
             lambda: (flight, self._step(flight, block, residual, combined, workers, latencies, policy)), short
@@ -467,69 +352,6 @@ class Pipeline:
 
     def _may_skip(self, policy: Policy) -> bool:
         return self._skip_lost and not isinstance(policy, Exact)
-
-    def _workers(self, block: int, policy: Policy) -> Workers:
-        """Say who runs which expert of a block now; for a policy that asks others as well, all who may."""
-        may_skip, deals = self._may_skip(policy), asks_replicas(policy)
-        now_at = (self._hub.changes, self.requests.fleet.changes)
-        if now_at != self._known_at:
-            self._known_workers, self._known_at = {}, now_at
-            self._medium = self._medium_now()
-            self._band.admit(self._hub.devices.values())
-        if (known := self._known_workers.get((block, may_skip, deals))) is not None:
-            return known
-        owners: list[str] = []
-        so_far: Counter[str] = Counter()
-        for expert in range(self._model.n_experts):
-            holder = self.requests.preferred(block, expert, so_far)
-            if holder is None and not may_skip:
-                raise self._nobody(block, expert)
-            owners.append(holder or NOBODY)
-            so_far[owners[-1]] += 1
-        sharing = [self.requests.sharing(block, expert) for expert in range(self._model.n_experts)] if deals else []
-        kept = self._held.kept_in(block) if self._held is not None else np.zeros(0, np.bool_)
-        own = {BS_HOLDS} if kept.any() else set()
-        names = tuple(sorted({*owners, *own, *(name for those in sharing for name in those)}))
-        owner = np.array([names.index(one) for one in owners])
-        holders = np.array([[name in those for name in names] for those in sharing]) if deals else None
-        if holders is not None:
-            holders[np.arange(len(owners)), owner] = True
-            if kept.any():
-                holders[kept, names.index(BS_HOLDS)] = True
-        workers = Workers(names, owner, kept if kept.any() else None, holders)
-        self._known_workers[block, may_skip, deals] = workers
-        return workers
-
-    def _latencies(self, workers: Workers, shared_ms: float) -> tuple[DeviceLatency, ...]:
-        """Return how fast each of the workers is."""
-        devices = self._hub.devices
-        return tuple(
-            devices[name].latency.model()
-            if name in devices
-            else self._own_latency(shared_ms)
-            if name == BS_HOLDS
-            else _STAND_IN
-            for name in workers.names
-        )
-
-    def _own_latency(self, shared_ms: float) -> DeviceLatency:
-        """Return how fast the base station is: a device without a link, whose worker does other things as well.
-
-        It runs the shared expert of the block too. And what it does for one microbatch holds up the stages of the others
-        in flight: with n of them, its time is taken to be worth n times that of a device.
-        """
-        if self._held is None or self._held.latency is None:
-            return _STAND_IN
-        model = self._held.latency.model()
-        other_ms = shared_ms if self._model.shared_expert and np.isfinite(shared_ms) else 0.0
-        return DeviceLatency(model.curve, other_ms, model.correction * max(1, len(self._flights)))
-
-    def _nobody(self, block: int, expert: int) -> DeviceFailed | DevicesMissing:
-        for device in self.requests.holders(block, expert):
-            return DeviceFailed(device, f"{self.requests.fleet.of(device).reason}; nobody else holds its experts")
-        gone = sorted(self.requests.fleet.gone)
-        left = f"; gone: {', '.join(gone)}" if gone else ""
-        return DevicesMissing(f"expert {expert} of block {block} is served by no connected device{left}")
 
     def _step(
         self,
@@ -583,7 +405,7 @@ class Pipeline:
         if workers.kept is None:
             return workers.owner
         counts = np.bincount(routing.experts.ravel(), minlength=self._model.n_experts)
-        model = latency_model(latencies, len(routing.experts), medium=self._medium)
+        model = latency_model(latencies, len(routing.experts), medium=self._transmitter.medium)
         return take_over(workers.owner, counts, len(routing.experts), workers.kept, workers.station, model)
 
     def _select(
@@ -604,7 +426,7 @@ class Pipeline:
             routing,
             router_logits,
             latencies,
-            self._medium,
+            self._transmitter.medium,
             norms=None if self._norms is None else self._norms[block],
             holders=holders,
             sensitivity=None if self.sensitivity is None else self.sensitivity.of_block(block),

@@ -12,11 +12,12 @@ import numpy as np
 from wdmoe.bs.airtime import Medium, latency_model
 from wdmoe.bs.allocation import USUAL_TOKENS, static_of_use
 from wdmoe.bs.config import StationConfig, VirtualConfig
+from wdmoe.bs.flights import Outcome
 from wdmoe.bs.health import serve_health, snapshot
 from wdmoe.bs.held import HeldExperts
 from wdmoe.bs.hub import Hub
 from wdmoe.bs.kept import Kept, keep_measured, usage
-from wdmoe.bs.pipeline import Outcome, Pipeline
+from wdmoe.bs.pipeline import Pipeline
 from wdmoe.bs.roster import BS_KEY_NAME, ROSTER_NAME, FileRoster
 from wdmoe.bs.sensitivity import read_sensitivity
 from wdmoe.bs.stages import open_stages
@@ -27,7 +28,7 @@ from wdmoe.runtime.clock import RealClock
 from wdmoe.runtime.departures import SPIN_S
 from wdmoe.runtime.errors import BundleError, WdmoeError
 from wdmoe.runtime.keys import read_key
-from wdmoe.runtime.links import listen
+from wdmoe.runtime.links import is_loopback, listen
 from wdmoe.runtime.manifest import MANIFEST_NAME, BsManifest, read_manifest, verify_files
 from wdmoe.runtime.messages import MAX_ROWS, row_bytes
 from wdmoe.runtime.worker import ThreadWorker, Worker
@@ -110,6 +111,7 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
             stage_workers=config.stage_workers,
             band=band,
             splits=config.split == "auto",
+            learns=not is_loopback(config.listen),
         )
         pipeline.sensitivity = read_sensitivity(folder, manifest)
         with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Who gets which share of the band in a live run, and how a request leaves on it.
+"""Who gets which share of the band in a live run, and how requests leave on it.
 
 The shares are those of virtual time. On an emulated link the device's emulator takes the share that the request tells.
 On a real one both senders pace: the base station holds its rows until the share would have carried them, and tells the
@@ -13,9 +13,11 @@ from typing import Literal
 
 import msgspec
 
-from wdmoe.bs.airtime import Asked
+from wdmoe.bs.airtime import Asked, Medium, few_finish_ms
 from wdmoe.bs.allocation import finish_together
-from wdmoe.bs.hub import Device
+from wdmoe.bs.chunking import Turn, pieces_of_block, split_options, worth_asking
+from wdmoe.bs.dispatch import Shipment
+from wdmoe.bs.hub import Device, Hub
 from wdmoe.bs.latency import LatencyTracker
 from wdmoe.profiles.link_profile import LinkProfile
 from wdmoe.runtime.messages import LEAST_MBPS, LEAST_SHARE, MOST_MBPS, ExpertRequest
@@ -47,6 +49,61 @@ class LiveBand:
     def rateless(self, devices: Iterable[Device]) -> list[str]:
         """Name those whose share cannot be applied, as the rates of their links are not known."""
         return [] if self.division is None else sorted(d.name for d in devices if not all(d.latency.row_air_ms))
+
+
+@dataclass(slots=True)
+class Transmitter:
+    """Decides how the requests of a block leave: their order, their shares of the band, and in how many pieces."""
+
+    hub: Hub
+    band: LiveBand = field(default_factory=LiveBand)
+    given: Medium | None = (
+        None  # what the links are; None: one shared channel if an emulated device says so, else own ones
+    )
+    splits: bool = True
+    learns: bool = False  # whether splitting may go by what requests tell of links, which between processes of one machine is noise
+    in_flight: int = 1  # microbatches at most, in this run
+    medium: Medium = "own"  # what the links are now
+
+    def look_again(self) -> None:
+        """Take note of the devices that are connected now; to be called when that changes."""
+        emulated = [device.latency.profile.emulated for device in self.hub.devices.values()]
+        shared = any(what is not None and what.shared for what in emulated)
+        self.medium = self.given or ("shared" if shared else "own")
+        self.band.admit(self.hub.devices.values())
+
+    def dispatch(self, shipments: Sequence[Shipment], alone: bool) -> Sequence[Turn]:
+        """Divide a pooled band; say in which order to send and in how many pieces.
+
+        What the base station runs itself comes last. On a shared channel the order is that of `airtime.few_finish_ms`.
+
+        Args:
+            shipments: of one microbatch in one block.
+            alone: whether no other microbatch is on its way, which would fill the gaps that pieces fill.
+        """
+        splits = self.splits and alone and worth_asking([len(shipment.rows) for shipment in shipments])
+        if self.medium == "own" and not splits:
+            return [Turn(n) for n in range(len(shipments))]
+        devices = self.hub.devices
+        there = [n for n, shipment in enumerate(shipments) if shipment.device in devices]
+        latencies = [devices[shipments[n].device].latency for n in there]
+        requests = [shipments[n].request for n in there]
+        asked = [latency.asked_ms(r.counts, r.rows) for latency, r in zip(latencies, requests, strict=True)]
+        if self.medium == "pooled":
+            for latency, share in zip(latencies, shares_of_block(asked, self.in_flight), strict=True):
+                latency.set_share(share, lasting=False)
+        order = list(range(len(there))) if self.medium == "own" else few_finish_ms(asked, "shared")[1]
+        pieces = [1] * len(order)
+        if splits:
+            options = [self._options(requests[turn], latencies[turn]) for turn in order]
+            pieces = pieces_of_block(options, self.medium)
+        turns = [Turn(there[turn], n) for turn, n in zip(order, pieces, strict=True)]
+        return [*turns, *(Turn(n) for n in range(len(shipments)) if n not in there)]
+
+    def _options(self, request: ExpertRequest, latency: LatencyTracker) -> list[Asked]:
+        if latency.air_from == "nobody" or (latency.air_from == "requests" and not self.learns):
+            return [latency.asked_on_share_ms(request.counts, request.rows)]
+        return split_options(request.counts, request.rows, latency.asked_on_share_ms)
 
 
 def shares_of_block(asked: Sequence[Asked], in_flight: int) -> list[float]:

@@ -19,11 +19,12 @@ from wdmoe.bs.allocation import USUAL_TOKENS, per_block, static_of_use
 from wdmoe.bs.chunking import Turn, pieces_of_block, split_options, worth_asking
 from wdmoe.bs.config import StationConfig, VirtualConfig
 from wdmoe.bs.dispatch import Shipment
+from wdmoe.bs.flights import Dispatched, Held, Outcome
 from wdmoe.bs.hub import Hub
 from wdmoe.bs.kept import keep_modelled, usage
 from wdmoe.bs.latency import DeviceLatency
 from wdmoe.bs.microbatch import Result
-from wdmoe.bs.pipeline import Dispatched, Held, Outcome, Pipeline
+from wdmoe.bs.pipeline import Pipeline
 from wdmoe.bs.routing import Ints
 from wdmoe.bs.sensitivity import read_sensitivity
 from wdmoe.bs.stages import Stages
@@ -104,7 +105,7 @@ class VirtualDevice:
 
 
 @dataclass(frozen=True, slots=True)
-class Transmitter:
+class VirtualTransmitter:
     """What the base station decides when a microbatch sends in a block: who is sent to first, shares of the band, pieces.
 
     With several microbatches in flight and a band that is divided anew for each block, each has an equal part of it
@@ -118,10 +119,10 @@ class Transmitter:
     medium: Medium
     splits: bool  # whether requests may go in pieces
 
-    def dispatch(self, shipments: Sequence[Shipment]) -> Sequence[Turn]:
+    def dispatch(self, shipments: Sequence[Shipment], alone: bool) -> Sequence[Turn]:
         """Set the shares of the devices that are asked; return the order of sending: the longest tail first.
 
-        The order matters only on a shared channel.
+        The order matters only on a shared channel; see `transmitting.Transmitter`.
         """
         number = {device.name: k for k, device in enumerate(self.devices)}
         asked = {number[shipment.device]: n for n, shipment in enumerate(shipments) if shipment.device in number}
@@ -142,7 +143,7 @@ class Transmitter:
         assert order is not None
         loaded = order.tolist()
         pieces = [1] * len(loaded)
-        if self.splits and worth_asking([int(rows[k]) for k in loaded]):
+        if self.splits and alone and worth_asking([int(rows[k]) for k in loaded]):
             options = []
             for k in loaded:
                 request = shipments[asked[k]].request
@@ -240,13 +241,13 @@ def open_virtual_station(
         return VirtualWorker(clock, cost_s, link.wake_at, note_job)
 
     medium = _medium_of(virtual)
-    transmitter = Transmitter(
+    transmitter = VirtualTransmitter(
         devices,
         virtual.profiles,
         2.0 * (virtual.cost_shape.d_model if virtual.cost_shape is not None else manifest.model.d_model),
         config.in_flight if config.in_flight != "auto" else 1,  # it matters only with bandwidth for each block
         medium,
-        config.split == "auto" and config.in_flight == 1,
+        config.split == "auto",
     )
     stages = Stages(folder, manifest, config.threads)
     kept = None

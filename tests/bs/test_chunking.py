@@ -21,6 +21,7 @@ from wdmoe.bs.policies import Exact
 from wdmoe.bs.records import Record
 from wdmoe.bs.routing import Floats, Plan, route
 from wdmoe.bs.stages import new_cache
+from wdmoe.bs.transmitting import Transmitter
 from wdmoe.bs.virtual import open_virtual_station
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
 from wdmoe.profiles.modelled import ExpertShape
@@ -41,7 +42,7 @@ def device(row_ms: float, call_ms: float, call_row_ms: float, way_ms: float = 1.
 def test_whole_requests_are_done_when_the_latency_model_says() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
-        asked: list[Asked] = [tuple(rng.uniform(0, 9, 4)) for _ in range(3)]  # type: ignore[misc]
+        asked: list[Asked] = [tuple(rng.uniform(0, 9, 4)) for _ in range(3)]
         done_ms, order = few_finish_ms(asked, "shared")
         assert finish_ms([(asked[k], 1) for k in order]) == pytest.approx(max(done_ms))
         assert finish_ms([(asked[0], 1)]) == pytest.approx(few_finish_ms(asked[:1], "own")[0][0])
@@ -144,7 +145,7 @@ def vanish(message: Message) -> None:
 def test_a_replica_takes_over_all_pieces_of_a_device_that_fails_between_them(bundle: Path, after: int) -> None:
     with open_system(bundle, replicas=[3]) as system:
         expected = run_sequence(system, PROMPT)
-        system.pipeline._on_dispatch = lambda shipments: [Turn(n, 3) for n in range(len(shipments))]
+        system.pipeline._on_dispatch = lambda shipments, alone: [Turn(n, 3) for n in range(len(shipments))]
         np.testing.assert_allclose(run_sequence(system, PROMPT), expected, atol=1e-5)
         answered = [0]
 
@@ -163,6 +164,26 @@ def test_later_pieces_say_nothing_about_the_link(bundle: Path) -> None:
         tracker = system.hub.devices["device-0"].latency
         run_sequence(system, PROMPT)
         whole = len(tracker.ratios)
-        system.pipeline._on_dispatch = lambda shipments: [Turn(n, 3) for n in range(len(shipments))]
+        system.pipeline._on_dispatch = lambda shipments, alone: [Turn(n, 3) for n in range(len(shipments))]
         run_sequence(system, PROMPT)
         assert len(tracker.ratios) == 2 * whole < 33
+
+
+@pytest.mark.parametrize(("told_by", "learns", "pieces"), [("operator", False, True), ("requests", False, False), ("requests", True, True), ("nobody", True, False)])  # fmt: skip
+def test_learnt_rates_count_only_on_a_network(bundle: Path, told_by: str, learns: bool, pieces: bool) -> None:
+    with open_system(bundle) as system:
+        transmitter = Transmitter(system.hub, learns=learns)
+        shipments: list[Shipment] = []
+
+        def dispatch(asked: Sequence[Shipment], alone: bool) -> Sequence[Turn]:
+            shipments.extend(asked)
+            return transmitter.dispatch(asked, alone)
+
+        system.pipeline._on_dispatch = dispatch
+        for device in system.hub.devices.values():
+            device.latency.row_air_ms, device.latency.air_from = (1.0, 1.0), told_by  # type: ignore[assignment]
+            device.latency.compute_ratios.append(1000.0)  # computing takes long enough to be worth it
+        run_sequence(system, PROMPT * 6)
+        turns = transmitter.dispatch(shipments[:4], True)
+        assert any(turn.pieces > 1 for turn in turns) == pieces
+        assert all(turn.pieces == 1 for turn in transmitter.dispatch(shipments[:4], False))

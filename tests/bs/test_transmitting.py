@@ -51,8 +51,8 @@ def noted(system: System, name: str, sent: Sent) -> inprocess.Handler:
 def divide(system: System, division: Division | None, medium: Medium, links: dict[str, LinkProfile] = LINKS) -> Sent:
     """Give an open system a band; return where what is sent will be noted, with when."""
     sent: Sent = []
-    system.pipeline._band = LiveBand(division, links, ROW_BYTES)
-    system.pipeline._given_medium = medium
+    system.pipeline._transmitter.band = LiveBand(division, links, ROW_BYTES)
+    system.pipeline._transmitter.given = medium
     for name in NAMES:
         system.link.peers[name.encode()] = noted(system, name, sent)
     return sent
@@ -126,7 +126,7 @@ def test_an_emulated_link_takes_the_share_and_is_charged_once(bundle: Path) -> N
 def test_without_a_known_rate_nothing_is_held_and_it_is_said(bundle: Path) -> None:
     with open_system(bundle) as system:
         sent = divide(system, "uniform", "own", {})
-        assert system.pipeline._band.rateless(system.hub.devices.values()) == NAMES
+        assert system.pipeline._transmitter.band.rateless(system.hub.devices.values()) == NAMES
         run_sequence(system, PROMPT)
     assert {header.share for name in NAMES for _, header in requests_to(sent, name)} == {None}
 
