@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -27,6 +27,7 @@ Times = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Curve = tuple[tuple[int, float], ...]
 Asked = tuple[float, float, float, float]  # of one device: request on the air, one way, computing, reply on the air; ms
+Row = tuple[float, float, float, float, float]  # down, one way, an expert call with it alone, staging, up; ms
 FEW = 16  # expert calls, up to which plain numbers are faster than arrays
 _MANY = 64  # devices, beyond which arrays are faster in solving for one number
 
@@ -47,6 +48,7 @@ class LatencyModel:
     down_ms: Times  # [K], of each row on the way to the device; shared and pooled: with the whole band
     up_ms: Times  # [K], of each row on the way back
     medium: Medium = "own"
+    _rows: list[Row] = field(init=False, repr=False, compare=False, default_factory=list)
 
     def __post_init__(self) -> None:
         """Refuse arrays that do not speak of the same devices."""
@@ -79,6 +81,14 @@ class LatencyModel:
         """
         return self.tables[self.table[devices], tokens] * self.slowness[devices]
 
+    def row(self, k: int) -> Row:
+        """Return what one row of a device takes, in plain numbers, which are faster one by one."""
+        if not self._rows:
+            call_ms = self.tables[self.table, 1] * self.slowness
+            parts = (self.down_ms, self.way_ms, call_ms, self.staging_ms, self.up_ms)
+            self._rows.extend(zip(*(part.tolist() for part in parts), strict=True))
+        return self._rows[k]
+
     def with_rates(self, down_ms: Times, up_ms: Times, medium: Medium = "own") -> LatencyModel:
         """Return the same devices on other links."""
         return replace(self, down_ms=down_ms, up_ms=up_ms, medium=medium)
@@ -94,14 +104,15 @@ class Load:
 
     def few(self, model: LatencyModel) -> tuple[list[int], list[Asked]]:
         """Return the loaded devices, and what is asked of each, in plain numbers; see `few_finish_ms`."""
-        compute_ms = dict.fromkeys(self.device.tolist(), 0.0)
-        for k, n in zip(self.device.tolist(), self.tokens.tolist(), strict=True):
-            compute_ms[k] += float(model.tables[model.table[k], n] * model.slowness[k])
-        loaded, asked = np.flatnonzero(self.rows).tolist(), []
-        for k in loaded:
-            n = int(self.rows[k])
-            staged_ms = compute_ms.get(k, 0.0) + n * float(model.staging_ms[k])
-            asked.append((n * float(model.down_ms[k]), float(model.way_ms[k]), staged_ms, n * float(model.up_ms[k])))
+        compute_ms: dict[int, float] = {}
+        for k, ms in zip(self.device.tolist(), model.call_ms(self.device, self.tokens).tolist(), strict=True):
+            compute_ms[k] = compute_ms.get(k, 0.0) + ms
+        loaded, asked = [], []
+        for k, n in enumerate(self.rows.tolist()):
+            if n:
+                down, way, _, staging, up = model.row(k)
+                loaded.append(k)
+                asked.append((n * down, way, compute_ms.get(k, 0.0) + n * staging, n * up))
         return loaded, asked
 
     def compute_ms(self, model: LatencyModel) -> Times:
@@ -278,16 +289,14 @@ def latency_model(devices: Sequence[DeviceLatency], up_to: int, medium: Medium =
         up_to: the most tokens that a call may have.
         medium: what the links are.
     """
-    curves: dict[Curve, int] = {}
-    table = [curves.setdefault(device.curve, len(curves)) for device in devices]
-    size = 1 << max(0, up_to - 1).bit_length()
+    table, tables = _tables(tuple(device.curve for device in devices), 1 << max(0, up_to - 1).bit_length())
     known = [(d.correction, d.row_link_ms, d.up_part, d.staging_ms, d.round_trip_ms) for d in devices]
     correction, link_ms, up_part, staging_ms, round_trip_ms = np.array([*zip(*known, strict=True)])  # one array: sooner
     link_ms = link_ms * correction if medium == "own" else link_ms
     up_ms = link_ms * up_part
     return LatencyModel(
-        tables=_stack(tuple(curves), size),
-        table=np.array(table, np.int64),
+        tables=tables,
+        table=table,
         slowness=correction,
         staging_ms=correction * staging_ms,
         way_ms=correction * round_trip_ms / 2,
@@ -304,11 +313,26 @@ def linear_model(row_ms: Times, up_to: int) -> LatencyModel:
     return LatencyModel(tables, np.zeros(len(row_ms), np.int64), none + 1.0, none, none, row_ms, none)
 
 
-@lru_cache(maxsize=64)
-def _stack(curves: tuple[Curve, ...], up_to: int) -> Times:
-    stacked = np.stack([_call_table(curve, up_to) for curve in curves])
-    stacked.setflags(write=False)
-    return stacked
+_KEPT_TABLES = 64
+_kept_tables: dict[tuple[int, ...], tuple[tuple[Curve, ...], Ints, Times]] = {}
+
+
+def _tables(curves: tuple[Curve, ...], up_to: int) -> tuple[Ints, Times]:
+    """Return which table each of some curves is, and the tables.
+
+    Trackers hand out the same curves for every block. They are looked up by identity: to hash one takes longer than all else.
+    """
+    key = (up_to, *map(id, curves))
+    if (known := _kept_tables.get(key)) is None:
+        number: dict[Curve, int] = {}
+        table = np.array([number.setdefault(curve, len(number)) for curve in curves], np.int64)
+        tables = np.stack([_call_table(curve, up_to) for curve in number])
+        tables.setflags(write=False)
+        table.setflags(write=False)
+        if len(_kept_tables) >= _KEPT_TABLES:
+            _kept_tables.clear()
+        known = _kept_tables[key] = curves, table, tables  # the curves as well, so that nobody else gets their identity
+    return known[1], known[2]
 
 
 @lru_cache(maxsize=1024)

@@ -68,9 +68,8 @@ def _one_token(experts: list[int], owner: Ints, holders: Bools, model: LatencyMo
 
 def one_row(k: int, calls: int, model: LatencyModel) -> Asked:
     """Return what one row with some expert calls of one token takes; see `few_finish_ms`."""
-    call_ms = float(model.tables[model.table[k], 1] * model.slowness[k])
-    compute_ms = calls * call_ms + float(model.staging_ms[k])
-    return float(model.down_ms[k]), float(model.way_ms[k]), compute_ms, float(model.up_ms[k])
+    down_ms, way_ms, call_ms, staging_ms, up_ms = model.row(k)
+    return down_ms, way_ms, calls * call_ms + staging_ms, up_ms
 
 
 class _Block:
