@@ -8,10 +8,9 @@ A penalised device is used where no healthy one holds the expert; a blocked one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from types import MappingProxyType
 
 GOOD_ANSWERS = 20  # that make a penalised device healthy again
 SLOW_CORRECTION = 4.0  # measured over predicted, from which a device counts as slow
@@ -138,17 +137,16 @@ class Fleet:
         standing = self.standings.get(device)
         return standing is None or standing.health is not Health.BLOCKED
 
-    def preferred(self, candidates: Iterable[str], so_far: Mapping[str, int] = MappingProxyType({})) -> str | None:
+    def preferred(self, candidates: Iterable[str]) -> str | None:
         """Choose among the devices that hold an expert; None if none is usable.
 
         Healthy before penalised; of those, who has given more good answers since: one of them may be dead, and not yet
-        silent for long enough to be blocked. Then whoever is preferred for fewer experts so far, as `simulation.preferred` has
-        it; then by name, so that the same fleet gives the same plan.
+        silent for long enough to be blocked. Then by name, so that the same fleet gives the same plan.
         """
 
-        def rank(device: str) -> tuple[bool, int, int, str]:
+        def rank(device: str) -> tuple[bool, int, str]:
             standing = self.of(device)
-            return standing.health is not Health.HEALTHY, -standing.good_answers, so_far.get(device, 0), device
+            return standing.health is not Health.HEALTHY, -standing.good_answers, device
 
         return min((device for device in candidates if self.usable(device)), key=rank, default=None)
 

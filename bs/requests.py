@@ -8,9 +8,8 @@ it. Otherwise the run ends with the device's name: an answer is never made up.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import msgspec
 import numpy as np
@@ -137,9 +136,9 @@ class Requests:
         """Return the connected devices that hold an expert."""
         return [name for name, device in self._hub.devices.items() if (block, expert) in device.experts]
 
-    def preferred(self, block: int, expert: int, so_far: Mapping[str, int] = MappingProxyType({})) -> str | None:
-        """Return who is to run an expert now: a usable device, else the base station, else nobody; see `Fleet.preferred`."""
-        device = self.fleet.preferred(self.holders(block, expert), so_far)
+    def preferred(self, block: int, expert: int) -> str | None:
+        """Return who is to run an expert now: a usable device, else the base station, else nobody."""
+        device = self.fleet.preferred(self.holders(block, expert))
         return device or (BS_HOLDS if self._covers(block, expert) else None)
 
     def sharing(self, block: int, expert: int) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -81,13 +80,11 @@ class Rota:
         if (known := self._known.get((block, may_skip, deals))) is not None:
             return known
         owners: list[str] = []
-        so_far: Counter[str] = Counter()
         for expert in range(self._model.n_experts):
-            holder = self._requests.preferred(block, expert, so_far)
+            holder = self._requests.preferred(block, expert)
             if holder is None and not may_skip:
                 raise self._nobody(block, expert)
             owners.append(holder or NOBODY)
-            so_far[owners[-1]] += 1
         sharing = [self._requests.sharing(block, expert) for expert in range(self._model.n_experts)] if deals else []
         kept = self._held.kept_in(block) if self._held is not None else np.zeros(0, np.bool_)
         own = {BS_HOLDS} if kept.any() else set()

@@ -6,38 +6,59 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import tiny_checkpoint
 
-PRECISION = Path(__file__).parents[1] / "scripts" / "bench" / "precision.py"
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+from scripts.bench import precision
+
+PRECISION = ROOT / "scripts" / "bench" / "precision.py"
 
 
 @pytest.mark.slow
-def test_a_precision_that_holds_the_same_numbers_is_seen_and_answers_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "same"), [("float16", True), ("float32", False)])
+def test_a_precision_of_the_same_numbers_reads_the_text_and_is_not_asked_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, same: bool
+) -> None:
     (tmp_path / "data" / "wikitext2").mkdir(parents=True)
     (tmp_path / "data" / "wikitext2" / "test.txt").write_text(" = Kettle = \n\n A kettle boils water . It is loud .\n")
-    for dtype, same in (("float16", True), ("float32", False)):
-        checkpoint = tiny_checkpoint(tmp_path / dtype, "qwen2_moe", max_position_embeddings=512, dtype=dtype)
-        line = [
-            sys.executable,
-            str(PRECISION),
-            "--data-dir",
-            str(tmp_path / "data"),
-            "--model",
-            str(checkpoint),
-            "--json",
-            "-",
-        ]
-        line += ["--dataset", "piqa-sample", "--rows", "2", "--tokens", "40", "--precision", "fp16", "--jobs", "1"]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=200, check=False)
-        assert done.returncode in (0, 1), done.stderr
-        fp16 = json.loads(done.stdout)["precisions"]["fp16"]
-        assert fp16["same_numbers"] == same
-        # NOTE: the text is read with the precision's own engine in either case.
-        assert (fp16["perplexity_ratio"] == 1) == (fp16["mean_kl_nats"] == 0) == same
-        assert (fp16["tokens"], fp16["rows"]) == (40, 2)
+    checkpoint = tiny_checkpoint(tmp_path / dtype, "qwen2_moe", max_position_embeddings=512, dtype=dtype)
+    bundles = {one: precision.export(checkpoint, "tiny", tmp_path, one) for one in (precision.REFERENCE, "fp16")}
+    found = precision.same_numbers(bundles["fp16"], bundles["fp32"])
+    assert found == same
+
+    asked: Counter[str] = Counter()
+    opened = precision.open_system
+
+    @contextmanager
+    def counting(bundle: Path, **options: Any) -> Iterator[Any]:
+        with opened(bundle, **options) as system:
+            run = system.pipeline.run
+
+            def counted(*given: Any) -> Any:
+                asked[bundle.name] += 1
+                return run(*given)
+
+            system.pipeline.run = counted  # type: ignore[assignment,method-assign]
+            yield system
+
+    monkeypatch.setattr(precision, "open_system", counting)
+    told = ["fp16"] if found else []
+    settings = precision.Asked(bundles, frozenset(told), tmp_path / "data", 2, 40, 1, "numpy")
+    text = precision.answer_set(settings, "wikitext2")
+    assert asked == {"fp32": 1, "fp16": 1}
+    assert (text.likelihoods["fp16"] == text.likelihoods["exact"]) == same
+    asked.clear()
+    part = next(iter(precision.answer_set(settings, "piqa-sample").parts.values()))
+    assert asked == ({"fp32": 2} if same else {"fp32": 2, "fp16": 2})
+    assert (part.policies["fp16"].divergence.total == 0) == same and part.policies["fp16"].divergence.positions > 0
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ class InPrecision:
 class PipelineOfEach:
     """Stands where a pipeline stands: `Exact` is answered by the reference, `InPrecision` by the bundle it names.
 
-    What the reference has just answered is answered again, word for word, for a precision in `same`.
+    A single microbatch that the reference has just answered is answered again, word for word, for a precision in `same`.
     """
 
     pipelines: dict[Precision, Pipeline]
@@ -97,18 +97,17 @@ class PipelineOfEach:
         self, microbatches: Iterable[Microbatch], policy: Policy | InPrecision, in_flight: int = 1
     ) -> Iterator[tuple[int, Result, Record]]:
         """Run microbatches; see `Pipeline`."""
-        microbatches = list(microbatches)
-        asked = b"".join(one.token_ids.tobytes() + one.positions.tobytes() for one in microbatches)
         precision = policy.precision if isinstance(policy, InPrecision) else REFERENCE
-        if precision in self.same and asked == self._asked:
-            yield from self._last
+        pipeline = self.pipelines[precision]
+        if not self.same:
+            yield from pipeline.run(microbatches, Exact(), in_flight)
             return
-        answered: list[tuple[int, Result, Record]] = []
+        (microbatch,) = microbatches
+        asked = microbatch.token_ids.tobytes() + microbatch.positions.tobytes()
         if precision == REFERENCE:
-            self._asked, self._last = asked, answered
-        for one in self.pipelines[precision].run(microbatches, Exact(), in_flight):
-            answered.append(one)
-            yield one
+            self._asked, self._last = asked, list(pipeline.run([microbatch], Exact()))
+        again = precision == REFERENCE or (precision in self.same and asked == self._asked)
+        yield from self._last if again else pipeline.run([microbatch], Exact())
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +266,9 @@ def answer_set(asked: Asked, dataset: str) -> Finished:
         systems = {
             one: stack.enter_context(open_system(path, engine=asked.engine)) for one, path in asked.bundles.items()
         }
-        pipeline = PipelineOfEach({one: system.pipeline for one, system in systems.items()}, asked.same)
+        # The text is read by every engine, whatever its numbers.
+        same = frozenset() if dataset == PERPLEXITY_SET else asked.same
+        pipeline = PipelineOfEach({one: system.pipeline for one, system in systems.items()}, same)
         if dataset == PERPLEXITY_SET:
             for policy in (Exact(), *asked.policies):
                 scorer = DistributedScorer(cast("Pipeline", pipeline), policy, 1, asked.model().sliding_window)

@@ -60,9 +60,7 @@ def test_rows_are_dealt_in_turn_and_the_answer_is_the_same(bundle: Path) -> None
         expected = run_sequence(system, PROMPT)
         alone = watched(system.pipeline)
         run_sequence(system, PROMPT)
-        # Whoever is preferred runs an expert alone, and each of a pair is preferred for some.
-        assert len({(block, expert) for _, block, expert in alone}) == len(alone)
-        assert len({name for name, _, _ in alone}) == 8
+        assert not any(name.startswith("replica") for name, _, _ in alone)
         alone, dealt = Counter(alone), watched(system.pipeline)
         np.testing.assert_allclose(run_sequence(system, PROMPT, RoundRobin()), expected, atol=1e-5)
         model = system.manifest.model
@@ -128,7 +126,7 @@ def test_in_virtual_time_bottleneck_moves_rows_to_replicas_before_it_drops(bundl
     np.testing.assert_allclose(logits, expected, atol=2e-2)
     assert all(block.sent == block.pairs and block.gate_mass_dropped == 0 for block in moved.blocks)
     assert all(block.sent <= block.pairs for block in dropped.blocks)
-    assert dropped.latency_ms < moved.latency_ms < 0.97 * exact.latency_ms
+    assert dropped.latency_ms < moved.latency_ms < 0.9 * exact.latency_ms
 
 
 def test_who_is_not_healthy_is_given_no_rows_of_others(bundle: Path) -> None:

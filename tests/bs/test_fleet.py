@@ -18,13 +18,6 @@ def test_penalised_devices_come_after_healthy_ones_and_blocked_ones_never() -> N
     assert fleet.preferred(["b", "a"]) is None and fleet.preferred([]) is None
 
 
-def test_holders_alike_share_the_experts() -> None:
-    fleet = Fleet()
-    assert fleet.preferred(["b", "a"], {"a": 1}) == "b" and fleet.preferred(["b", "a"], {"a": 1, "b": 1}) == "a"
-    fleet.penalise("b", "slow")
-    assert fleet.preferred(["b", "a"], {"a": 5}) == "a"
-
-
 def test_good_answers_in_a_row_lift_a_penalty_and_a_slow_one_starts_the_count_again() -> None:
     fleet = Fleet()
     fleet.penalise("a", "hedged")
