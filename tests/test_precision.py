@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inprocess import open_system
 from tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
 from scripts.bench import precision
+from wdmoe.runtime.manifest import Precision
 
 PRECISION = ROOT / "scripts" / "bench" / "precision.py"
 
@@ -35,11 +37,10 @@ def test_a_precision_of_the_same_numbers_reads_the_text_and_is_not_asked_twice(
     assert found == same
 
     asked: Counter[str] = Counter()
-    opened = precision.open_system
 
     @contextmanager
     def counting(bundle: Path, **options: Any) -> Iterator[Any]:
-        with opened(bundle, **options) as system:
+        with open_system(bundle, **options) as system:
             run = system.pipeline.run
 
             def counted(*given: Any) -> Any:
@@ -50,7 +51,7 @@ def test_a_precision_of_the_same_numbers_reads_the_text_and_is_not_asked_twice(
             yield system
 
     monkeypatch.setattr(precision, "open_system", counting)
-    told = ["fp16"] if found else []
+    told: list[Precision] = ["fp16"] if found else []
     settings = precision.Asked(bundles, frozenset(told), tmp_path / "data", 2, 40, 1, "numpy")
     text = precision.answer_set(settings, "wikitext2")
     assert asked == {"fp32": 1, "fp16": 1}
