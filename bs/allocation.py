@@ -23,7 +23,7 @@ _ROUNDS = 60
 _LEAST = 1e-9  # share of a device that is never asked
 _GAP = 1e-8  # of the optimum, to which static shares are known
 USUAL_TOKENS = 64  # of a microbatch, to which static shares are fitted: of a question and its choices
-_LEAST_USED = 1e-3  # share of a device that is never asked, as far as is known
+_LEAST_USED = 0.02  # share of a device that is never asked, as far as is known: it may have to stand in for another
 
 
 def uniform(n_devices: int) -> Times:

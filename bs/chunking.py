@@ -45,17 +45,18 @@ def split_options(counts: Sequence[int], rows: int, ask: Callable[[Sequence[int]
     return [ask([-(-count // n) for count in counts], -(-rows // n)) for n in range(1, most + 1)]
 
 
-def pieces_of_block(options: Sequence[Sequence[Asked]], medium: Medium) -> list[int]:
+def pieces_of_block(options: Sequence[Sequence[Asked]], medium: Medium, duplex: Sequence[bool]) -> list[int]:
     """Choose into how many pieces each device's request is cut.
 
     Args:
         options: of each device, in the order of sending, `split_options` at its share of the band.
         medium: what the links are.
+        duplex: of each device, whether its link carries both ways at a time; on a shared channel nobody's does.
     """
     whole_ms = [finish_ms([(asked[0], 1)]) for asked in options]
     pieces, best_ms = [], []
-    for asked, ms in zip(options, whole_ms, strict=True):
-        split_ms, n = min((finish_ms([(piece, n)]), n) for n, piece in enumerate(asked, 1))
+    for asked, ms, both in zip(options, whole_ms, duplex, strict=True):
+        split_ms, n = min((finish_ms([(piece, n)], both), n) for n, piece in enumerate(asked, 1))
         pays = _pays(split_ms, ms)
         pieces.append(n if pays else 1)
         best_ms.append(split_ms if pays else ms)
@@ -66,10 +67,11 @@ def pieces_of_block(options: Sequence[Sequence[Asked]], medium: Medium) -> list[
     return [1 if ms <= last_ms else n for ms, n in zip(whole_ms, pieces, strict=True)]
 
 
-def finish_ms(requests: Sequence[Split]) -> float:
-    """Say when all are done on one half-duplex channel: all pieces go down, replies come back as they are ready.
+def finish_ms(requests: Sequence[Split], duplex: bool = False) -> float:
+    """Say when all are done on one channel: pieces go down, replies come back as they are ready, a device computes in turn.
 
-    As `airtime.few_finish_ms` has it for whole requests; a device computes its pieces one after another.
+    As `airtime.few_finish_ms` has it for whole requests. Half-duplex, all pieces go down before the first reply; duplex, it
+    need not wait for them.
     """
     sent = 0.0
     ready: list[tuple[float, float, float]] = []
@@ -79,7 +81,7 @@ def finish_ms(requests: Sequence[Split]) -> float:
             sent += send
             done = max(done, sent + way) + compute
             ready.append((done, reply, way))
-    end, last = sent, 0.0
+    end, last = 0.0 if duplex else sent, 0.0
     for at, reply, way in sorted(ready):
         end = max(end, at) + reply
         last = max(last, end + way)

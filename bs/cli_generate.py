@@ -68,7 +68,11 @@ Examples:
 @click.option(
     "--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be given several times."
 )
-@click.option("--seed", type=int, help="Of the random draws; without it one is drawn, and told at the end.")
+@click.option(
+    "--seed",
+    type=int,
+    help="Of the random draws, not of modelled links; without it one is drawn, and told at the end.",
+)
 @click.option("--policy", default="exact", help="As for wdmoe-bs run; one.")
 @model_options
 @partial(virtual_options, seed=False)  # it has one of its own
@@ -133,7 +137,8 @@ def generate(
                 **asdict(completion),
                 "policy": chosen.describe(),
                 "wire": config.wire,
-                "clock": describe_clock(virtual, config),
+                "split": config.split,
+                "clock": describe_clock(virtual, config, open_.shares),
                 **asdict(sampling),
                 "command": command_line(),
             }

@@ -139,7 +139,9 @@ def open_any_station(config: StationConfig, virtual: VirtualConfig | None) -> Ab
     """Open a station over devices that dial in, or in virtual time."""
     static = (config if virtual is None else virtual).bandwidth == "static"
     if config.bs_counts is not None and config.bs_experts == "none" and not static:
-        raise ValueError("--bs-counts says which experts --bs-experts takes; give that as well")
+        raise ValueError(
+            "--bs-counts is for --bs-experts or --bandwidth static; give one of them as well, or leave it out"
+        )
     if virtual is None:
         from wdmoe.bs.station import open_station
 

@@ -81,21 +81,29 @@ class LatencyTracker:
         self._model = None
 
     def observe_request(
-        self, counts: Sequence[int], measured_ms: float, rows: int | None = None, compute_ms: float | None = None
+        self,
+        counts: Sequence[int],
+        measured_ms: float | None,
+        rows: int | None = None,
+        compute_ms: float | None = None,
     ) -> None:
         """Take what a request really took, and what of it the device says it computed; see `DeviceLatency.request_ms`.
 
-        Without what a share of the band made it take longer: rates are those of the whole.
+        Without what a share of the band made it take longer: rates are those of the whole. None of a piece of a request, which
+        was on its way while others were: what it computed counts, and of the link nothing is learnt.
         """
         rows = sum(counts) if rows is None else rows
         computing_ms = self._computing_ms(counts, rows)
         uncorrected = self.round_trip_ms + sum(self.row_air_ms) * rows + computing_ms
         if uncorrected > 0:
+            whole = measured_ms is not None
+            if measured_ms is None:
+                measured_ms = uncorrected - computing_ms + (computing_ms if compute_ms is None else compute_ms)
             low, high = _CORRECTION_RANGE
             self.ratios.append(min(high, max(low, measured_ms / uncorrected)))
             if compute_ms is not None:
                 self.compute_ratios.append(min(high, max(low, compute_ms / computing_ms)))
-                if rows >= _ROWS_THAT_TELL and self.air_from in ("nobody", "requests"):
+                if whole and rows >= _ROWS_THAT_TELL and self.air_from in ("nobody", "requests"):
                     self._learn_air(max(0.0, measured_ms - compute_ms - self.round_trip_ms) / rows)
             self._model = None
 

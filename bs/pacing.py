@@ -50,7 +50,7 @@ def cost_of_block(stage_ms: float, requests: Sequence[Request], medium: Medium =
         stage_workers: stages that are computed at a time.
     """
     halves = [(r.air_ms / 2, r.round_trip_ms / 2, r.compute_ms, r.air_ms / 2) for r in requests]
-    finish_ms, _ = few_finish_ms(halves, medium)
+    finish_ms, _ = few_finish_ms(halves, medium)  # whole: pieces are sent only while one microbatch is in flight
     busy_ms = {STAGES_BUSY: stage_ms / stage_workers} | {r.device: r.compute_ms for r in requests}
     if medium == "own":
         busy_ms |= {f"air to {r.device}": r.air_ms for r in requests}

@@ -40,15 +40,15 @@ class BlockRecord:
 class DeviceUse:
     """What one device did for one microbatch, in all blocks."""
 
-    requests: int = 0
+    requests: int = 0  # pieces of one count each
     rows: int = 0
     compute_ms: float = 0.0  # as it reported
     queue_ms: float = 0.0  # behind other requests, as it reported
     air_ms: float = 0.0  # the rest between sending and answer
 
-    def add(self, rows: int, compute_ms: float, queue_ms: float, air_ms: float) -> None:
-        """Take a request that was answered."""
-        self.requests += 1
+    def add(self, rows: int, compute_ms: float, queue_ms: float, air_ms: float, messages: int = 1) -> None:
+        """Take a request that was answered, in so many messages."""
+        self.requests += messages
         self.rows += rows
         self.compute_ms += compute_ms
         self.queue_ms += queue_ms

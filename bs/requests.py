@@ -63,6 +63,17 @@ class Want:
 
 
 @dataclass(slots=True, eq=False)
+class Pieces:
+    """A request that was sent in pieces, and what the answers told so far."""
+
+    shipment: Shipment  # the whole
+    count: int
+    left: int
+    first_sent_s: float = float("inf")
+    compute_ms: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
 class Pending:
     """A request that is out, or a piece of one."""
 
@@ -72,7 +83,7 @@ class Pending:
     message: Message
     sent_s: float  # when it left, or will
     check_s: float  # when to look next
-    follows: bool = False  # another piece to the same device, whose time on the air says nothing about the link
+    pieces: Pieces | None = None  # of which it is one
     longer_ms: float = 0.0  # what a share of the band adds on the air
     reported_ms: float = 0.0  # of that, what the reply reports as waiting
     predicted_ms: float = 0.0
@@ -87,7 +98,7 @@ class Answer:
     device: str
     counts: tuple[int, ...]  # rows of each expert called
     rows: int
-    took_ms: float  # without what it waited behind other requests, which says nothing about the device
+    took_ms: float | None  # without what it waited behind other requests; None: of a piece, which waits for the others
     compute_ms: float  # as the device reports
 
 
@@ -217,16 +228,26 @@ class Requests:
         if self._trace is not None:
             times_s = (pending.sent_s, now_s, header.queue_us / 1e6, header.compute_us / 1e6)
             self._trace.replies.append(Reply(name, request.block, want.name, *times_s))
-        if not pending.follows:
-            self._answers.append(Answer(name, request.counts, request.rows, took_ms, header.compute_us / 1e3))
         want.record.bytes_up += message_bytes(message)
         compute_ms, queue_ms = header.compute_us / 1e3, max(0.0, header.queue_us / 1e3 - pending.reported_ms)
-        air_ms = took_ms - compute_ms + pending.longer_ms
-        want.record.on_answer(compute_ms, queue_ms, air_ms)
-        if (use := want.devices.get(name)) is None:
-            use = want.devices[name] = DeviceUse()
-        use.add(header.rows, compute_ms, queue_ms, air_ms)
+        if (pieces := pending.pieces) is None:
+            self._answers.append(Answer(name, request.counts, request.rows, took_ms, compute_ms))
+            self._note(want, name, header.rows, compute_ms, queue_ms, took_ms - compute_ms + pending.longer_ms)
+        else:
+            self._answers.append(Answer(name, request.counts, request.rows, None, compute_ms))
+            pieces.left, pieces.compute_ms = pieces.left - 1, pieces.compute_ms + compute_ms
+            if not pieces.left:
+                # What was not computing counts as the way, though the two overlap.
+                way_ms = (now_s - pieces.first_sent_s) * 1e3 - pieces.compute_ms
+                rows_in_all = len(pieces.shipment.rows)
+                self._note(want, name, rows_in_all, pieces.compute_ms, 0.0, max(0.0, way_ms), pieces.count)
         self._on_part(want, pending.attempt, name, (pending.shipment.rows, rows))
+
+    def _note(
+        self, want: Want, device: str, rows: int, compute_ms: float, queue_ms: float, air_ms: float, messages: int = 1
+    ) -> None:
+        want.record.on_answer(compute_ms, queue_ms, air_ms)
+        want.devices.setdefault(device, DeviceUse()).add(rows, compute_ms, queue_ms, air_ms, messages)
 
     def _on_part(self, want: Want, attempt: Attempt, device: str, partial: Partial) -> None:
         attempt.partials.append((device, partial))
@@ -261,9 +282,7 @@ class Requests:
             DeviceTimeout: a device is lost and nothing can take its place.
         """
         self._judge()
-        for pending in self._unassessed:
-            self._assess(pending)
-        self._unassessed.clear()
+        self._assess()
         now_s = self._hub.clock.now_s()
         for pending in list(self._pending.values()):
             if pending.want.attempts and now_s >= pending.hedge_s:
@@ -288,20 +307,20 @@ class Requests:
                 self.fleet.on_good_answer(answer.device, device.latency.model().correction)
         self._answers.clear()
 
-    def _assess(self, pending: Pending) -> None:
-        """Say how long a request may take."""
-        part = pending.shipment
-        if (device := self._hub.devices.get(part.device)) is None:
-            return  # it left a moment ago: the hub is about to say so
-        pending.predicted_ms = device.latency.request_ms(part.request.counts, part.request.rows) + pending.longer_ms
-        p95_s = (
-            min(WORST_TAIL, device.latency.profile.tail_ratio)
-            * sum(p.predicted_ms for p in self._of(part.device))
-            / 1e3
-        )
-        pending.allowed_s = min(LATE_AT_MOST_S, max(LATE_AT_LEAST_S, LATE_TIMES_P95 * p95_s))
-        pending.check_s = pending.sent_s + pending.allowed_s
-        pending.hedge_s = pending.sent_s + min(HEDGE_AT_MOST_S, max(HEDGE_AT_LEAST_S, p95_s))
+    def _assess(self) -> None:
+        """Say how long the requests may take that were sent since."""
+        # Of a device that left a moment ago the hub is about to say so.
+        sent = [(p, device) for p in self._unassessed if (device := self._hub.devices.get(p.shipment.device))]
+        self._unassessed.clear()
+        for pending, device in sent:
+            request = pending.shipment.request
+            pending.predicted_ms = device.latency.request_ms(request.counts, request.rows) + pending.longer_ms
+        for pending, device in sent:  # all pieces of a request are known by now
+            tail = min(WORST_TAIL, device.latency.profile.tail_ratio)
+            p95_s = tail * sum(p.predicted_ms for p in self._of(device.name)) / 1e3
+            pending.allowed_s = min(LATE_AT_MOST_S, max(LATE_AT_LEAST_S, LATE_TIMES_P95 * p95_s))
+            pending.check_s = pending.sent_s + pending.allowed_s
+            pending.hedge_s = pending.sent_s + min(HEDGE_AT_MOST_S, max(HEDGE_AT_LEAST_S, p95_s))
 
     def _on_silent(self, name: str, heard_s: float, now_s: float) -> None:
         """Give a silent device no more work; what it owes has deadlines of its own."""
@@ -397,11 +416,14 @@ class Requests:
     def _send_attempt(self, want: Want, parts: list[Shipment]) -> None:
         attempt = Attempt(len(parts))
         want.attempts.append(attempt)
-        for n, part in enumerate(parts):
+        pieces = (
+            Pieces(want.shipment, len(parts), len(parts)) if len(parts) > len({part.device for part in parts}) else None
+        )
+        for part in parts:
             if part.device == BS_HOLDS:
                 self._ask_held(want, attempt, part)
             else:
-                self._send(want, attempt, part, follows=n > 0 and part.device == parts[n - 1].device)
+                self._send(want, attempt, part, pieces)
 
     def _ask_held(self, want: Want, attempt: Attempt, part: Shipment) -> None:
         want.record.bs_rows += len(part.rows)
@@ -415,22 +437,17 @@ class Requests:
     def _covers(self, block: int, expert: int) -> bool:
         return self._held is not None and self._held.covers(block, expert)
 
-    def _send(self, want: Want, attempt: Attempt, part: Shipment, follows: bool) -> None:
+    def _send(self, want: Want, attempt: Attempt, part: Shipment, pieces: Pieces | None) -> None:
         number, now_s = self._new_id(), self._hub.clock.now_s()
         leaving = Sending(msgspec.structs.replace(part.request, request_id=number), now_s)
         if (device := self._hub.devices.get(part.device)) is not None and device.latency.share != 1:
             leaving = sending(leaving.request, part.packed.nbytes / len(part.packed), device, now_s)
         message, sent_s = Message(leaving.request, part.packed), leaving.leaves_s
+        if pieces is not None:
+            pieces.first_sent_s = min(pieces.first_sent_s, sent_s)
+        check_s = sent_s + LATE_AT_LEAST_S
         self._pending[number] = Pending(
-            want,
-            attempt,
-            part,
-            message,
-            sent_s,
-            sent_s + LATE_AT_LEAST_S,
-            follows,
-            leaving.longer_ms,
-            leaving.reported_ms,
+            want, attempt, part, message, sent_s, check_s, pieces, leaving.longer_ms, leaving.reported_ms
         )
         self._unassessed.append(self._pending[number])
         want.record.bytes_down += message_bytes(message)

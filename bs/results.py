@@ -6,7 +6,7 @@ import json
 import math
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -70,11 +70,12 @@ def describe_station(station: Station, command: str) -> dict[str, Any]:
             "encrypted": config.encrypted,
             "emulated": sorted({device["emulated"]["link"] or "none" for device in devices if device["emulated"]}),
         },
-        "clock": describe_clock(station.virtual, config),
+        "clock": describe_clock(station.virtual, config, station.shares),
         "in_flight": config.in_flight,
         "batch": config.batch,
         "threads": config.threads,
         "stage_workers": config.stage_workers,
+        "split": config.split,
         "stages_on": station.pipeline.stages_on,
         "devices": devices,
         "bs_experts": describe_kept(station),
@@ -97,10 +98,19 @@ def describe_kept(station: Station) -> dict[str, Any] | None:
     }
 
 
-def describe_clock(virtual: VirtualConfig | None, config: StationConfig) -> dict[str, Any]:
-    """Say what time a run's latencies are in, and over what; as plain values."""
+def describe_clock(
+    virtual: VirtualConfig | None, config: StationConfig, shares: Mapping[str, float] | None
+) -> dict[str, Any]:
+    """Say what time a run's latencies are in, and over what; as plain values.
+
+    Args:
+        virtual: where time is.
+        config: of the base station.
+        shares: of a band that was divided once, in real time, by device.
+    """
     if virtual is None:
-        told = {"channel": config.channel, "bandwidth": config.bandwidth, "links": list(config.links)}
+        told: dict[str, Any] = {"channel": config.channel, "bandwidth": config.bandwidth, "links": list(config.links)}
+        told["shares"] = dict(shares or {})
         return {"kind": "real", **{key: value for key, value in told.items() if value}}
     return {
         "kind": "virtual",
@@ -285,6 +295,7 @@ def circumstances(result: dict[str, Any]) -> dict[str, Any]:
         "batch": result["batch"],
         "threads": result["threads"],
         "stage workers": result.get("stage_workers", 1),
+        "split": result.get("split", "none"),
         "experts at the base station": _own_words(result["bs_experts"]),
         "stages on": result["stages_on"],
         "devices": [

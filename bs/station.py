@@ -47,6 +47,7 @@ class Station:
     pipeline: Pipeline
     virtual: VirtualConfig | None = None  # whose devices and links these are; None: they are real, and so is time
     kept: Kept | None = None  # experts that the base station runs itself
+    shares: Mapping[str, float] | None = None  # of a band that is divided once, in real time, by device
 
 
 @contextmanager
@@ -85,9 +86,11 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
         hub.wait_for_devices(config.wait_s)
         say(f"connected: {introduced(hub)}")
         band = live_band(config, hub, manifest)
-        if config.bandwidth == "static" and isinstance(band.division, Mapping):
-            said = ", ".join(f"{name} {share:.3f}" for name, share in band.division.items())
-            say(f"static shares of the band: {said}")
+        shares = band.division if isinstance(band.division, Mapping) else None
+        if config.bandwidth == "static" and shares is not None:
+            counts, told_by = usage(manifest, config.bs_counts)
+            said = ", ".join(f"{name} {share:.3f}" for name, share in shares.items())
+            say(f"static shares of the band: {said}, by {'equal use' if counts is None else told_by}")
         band.admit(hub.devices.values())
         for name in band.rateless(hub.devices.values()):
             say(f"{name}: what its link carries is not known; its share applies once requests tell it, or give --link")
@@ -121,7 +124,7 @@ def open_station(config: StationConfig, say: Say) -> Iterator[Station]:
             if config.health is not None:
                 url = stack.enter_context(serve_health(config.health, lambda: snapshot(hub, pipeline, manifest)))
                 say(f"health at {url}")
-            yield Station(config, folder, manifest, hub, pipeline, kept=kept)
+            yield Station(config, folder, manifest, hub, pipeline, kept=kept, shares=shares)
             for name in band.rateless(hub.devices.values()):
                 say(
                     f"{name}: its share of the band was never applied: no request told what its link carries; give --link"

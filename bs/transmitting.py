@@ -19,7 +19,7 @@ from wdmoe.bs.chunking import Turn, pieces_of_block, split_options, worth_asking
 from wdmoe.bs.dispatch import Shipment
 from wdmoe.bs.hub import Device, Hub
 from wdmoe.bs.latency import LatencyTracker
-from wdmoe.profiles.link_profile import LinkProfile
+from wdmoe.profiles.link_profile import LinkProfile, link_names, modelled_link
 from wdmoe.runtime.messages import LEAST_MBPS, LEAST_SHARE, MOST_MBPS, ExpertRequest
 
 Division = Literal["uniform", "per-block"] | Mapping[str, float]  # or the share of each device, by name
@@ -64,12 +64,14 @@ class Transmitter:
     learns: bool = False  # whether splitting may go by what requests tell of links, which between processes of one machine is noise
     in_flight: int = 1  # microbatches at most, in this run
     medium: Medium = "own"  # what the links are now
+    _duplex: set[str] = field(default_factory=set)  # devices whose links carry both ways at a time, as far as is known
 
     def look_again(self) -> None:
         """Take note of the devices that are connected now; to be called when that changes."""
         emulated = [device.latency.profile.emulated for device in self.hub.devices.values()]
         shared = any(what is not None and what.shared for what in emulated)
         self.medium = self.given or ("shared" if shared else "own")
+        self._duplex = {name for name, device in self.hub.devices.items() if self._is_duplex(device)}
         self.band.admit(self.hub.devices.values())
 
     def dispatch(self, shipments: Sequence[Shipment], alone: bool) -> Sequence[Turn]:
@@ -96,9 +98,17 @@ class Transmitter:
         pieces = [1] * len(order)
         if splits:
             options = [self._options(requests[turn], latencies[turn]) for turn in order]
-            pieces = pieces_of_block(options, self.medium)
+            duplex = [shipments[there[turn]].device in self._duplex for turn in order]
+            pieces = pieces_of_block(options, self.medium, duplex)
         turns = [Turn(there[turn], n) for turn, n in zip(order, pieces, strict=True)]
         return [*turns, *(Turn(n) for n in range(len(shipments)) if n not in there)]
+
+    def _is_duplex(self, device: Device) -> bool:
+        emulated = device.latency.profile.emulated
+        link = self.band.links.get(device.name)
+        if link is None and emulated is not None and emulated.link in link_names():  # a radio channel never is
+            link = modelled_link(emulated.link)
+        return link is not None and not link.half_duplex
 
     def _options(self, request: ExpertRequest, latency: LatencyTracker) -> list[Asked]:
         if latency.air_from == "nobody" or (latency.air_from == "requests" and not self.learns):

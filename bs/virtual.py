@@ -148,7 +148,8 @@ class VirtualTransmitter:
             for k in loaded:
                 request = shipments[asked[k]].request
                 options.append(split_options(request.counts, request.rows, partial(self._asked_ms, k, model)))
-            pieces = pieces_of_block(options, self.medium)
+            duplex = [not self.links[k].half_duplex for k in loaded]
+            pieces = pieces_of_block(options, self.medium, duplex)
         turns = [Turn(asked[k], n) for k, n in zip(loaded, pieces, strict=True)]
         return [*turns, *(Turn(n) for n in range(len(shipments)) if n not in asked.values())]
 

@@ -314,7 +314,7 @@ def test_the_command_tells_what_the_base_station_served(bundle: Path, tmp_path: 
         (["--bs-experts", "some"], "expected a number of experts, auto, or none"),
         (["--bs-experts", "0"], "expected a number of experts, auto, or none"),
         (["--bs-machine", "h100"], "--bs-machine is for modelled devices"),
-        (["--bs-counts", __file__], "--bs-counts says which experts --bs-experts takes"),
+        (["--bs-counts", __file__], "--bs-counts is for --bs-experts or --bandwidth static"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options: list[str], words: str) -> None:

@@ -53,6 +53,7 @@ def divide(system: System, division: Division | None, medium: Medium, links: dic
     sent: Sent = []
     system.pipeline._transmitter.band = LiveBand(division, links, ROW_BYTES)
     system.pipeline._transmitter.given = medium
+    system.pipeline._transmitter.splits = False
     for name in NAMES:
         system.link.peers[name.encode()] = noted(system, name, sent)
     return sent
