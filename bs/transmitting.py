@@ -58,10 +58,10 @@ class Transmitter:
     hub: Hub
     band: LiveBand = field(default_factory=LiveBand)
     given: Medium | None = (
-        None  # what the links are; None: one shared channel if an emulated device says so, else own ones
+        None  # what the links are; None: a shared channel if an emulated device says so, else own ones
     )
     splits: bool = True
-    learns: bool = False  # whether splitting may go by what requests tell of links, which between processes of one machine is noise
+    learns: bool = False  # whether also by what requests tell of links; between processes of one machine that is noise
     in_flight: int = 1  # microbatches at most, in this run
     medium: Medium = "own"  # what the links are now
     _duplex: set[str] = field(default_factory=set)  # devices whose links carry both ways at a time, as far as is known
