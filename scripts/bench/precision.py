@@ -82,6 +82,21 @@ class InPrecision:
 
 
 @dataclass(slots=True)
+class Said:
+    """Tells of progress now and then."""
+
+    _done: Counter[str] = field(default_factory=Counter)
+    _at_s: float = field(default_factory=time.perf_counter)
+
+    def step(self, name: str) -> None:
+        """Count a row or a window; see `measure_quality`."""
+        self._done[name] += 1
+        if time.perf_counter() - self._at_s > _PROGRESS_EVERY_S:
+            self._at_s = time.perf_counter()
+            progress(f"{name} {self._done[name]}")
+
+
+@dataclass(slots=True)
 class PipelineOfEach:
     """Stands where a pipeline stands: `Exact` is answered by the reference, `InPrecision` by the bundle it names.
 
@@ -251,16 +266,7 @@ def answer_sets(asked: Asked, tasks: Sequence[LoadedTask], finished: Finished, j
 
 def answer_set(asked: Asked, dataset: str) -> Finished:
     """Answer one set, or read the text, with the reference and each other precision."""
-    done: Counter[str] = Counter()
-    started_s = said_s = time.perf_counter()
-
-    def on_step(name: str) -> None:
-        nonlocal said_s
-        done[name] += 1
-        if time.perf_counter() - said_s > _PROGRESS_EVERY_S:
-            said_s = time.perf_counter()
-            progress(f"{name} {done[name]}")
-
+    started_s, on_step = time.perf_counter(), Said().step
     finished = Finished()
     with ExitStack() as stack:
         systems = {

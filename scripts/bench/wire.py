@@ -16,7 +16,7 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -26,10 +26,11 @@ from inprocess import System, open_system
 from processes import exit_on_sigterm
 
 from scripts.bench._environment import environment, progress, write_json
-from scripts.bench.precision import BAR, N_DEVICES, REFERENCE, compare
+from scripts.bench.precision import BAR, N_DEVICES, REFERENCE, InPrecision, PipelineOfEach, Said
 from wdmoe.bs.evaluation import load_task
-from wdmoe.bs.policies import Exact
-from wdmoe.bs.quality import ACCURACY_SETS, PERPLEXITY_SET, Finished, Quality
+from wdmoe.bs.pipeline import Pipeline
+from wdmoe.bs.policies import Exact, Policy
+from wdmoe.bs.quality import ACCURACY_SETS, PERPLEXITY_SET, Finished, Quality, measure_quality, text_windows
 from wdmoe.bs.questions import Choice, Question
 from wdmoe.bs.records import summarise
 from wdmoe.bs.results import finite, read_finished, write_finished
@@ -37,7 +38,8 @@ from wdmoe.bs.scoring import DistributedScorer
 from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
 from wdmoe.export.models import SMALL_MODEL, find_checkpoint
 from wdmoe.runtime.manifest import Precision
-from wdmoe.runtime.messages import Wire
+from wdmoe.runtime.messages import MAX_ROWS, Wire
+from wdmoe.runtime.tokenizing import open_tokenizer
 
 WIRES: tuple[Wire, ...] = ("fp32", "fp16", "int8")
 PERPLEXITY_BAR, BYTES_BAR = 1.005, 0.52
@@ -85,7 +87,27 @@ def main(
                 write_finished(kept, now, done)
 
         row_bytes = {wire: bytes_of_rows(system) for wire, system in systems.items()}
-        qualities = compare(systems, bundle / "bs", tasks, text, finished, rows, tokens, batch, keep)
+        manifest = systems[REFERENCE].manifest
+        tokenizer, longest = (
+            open_tokenizer(bundle / "bs", manifest.tokenizer),
+            min(manifest.model.max_positions, MAX_ROWS),
+        )
+        prefix = manifest.model.bos_token_id
+        qualities = measure_quality(
+            cast("Pipeline", PipelineOfEach({wire: system.pipeline for wire, system in systems.items()})),
+            [cast("Policy", InPrecision(wire)) for wire in WIRES[1:]],
+            tasks,
+            text_windows(text, tokenizer, max_length=longest, tokens=tokens, prefix_token_id=prefix),
+            tokenizer,
+            max_length=longest,
+            window=manifest.model.sliding_window,
+            batch=batch,
+            limit=rows,
+            prefix_token_id=prefix,
+            on_step=Said().step,
+            finished=finished,
+            on_finished=keep,
+        )
     wires = {wire: describe(quality) for wire, quality in zip(WIRES[1:], qualities, strict=True)}
     share = row_bytes["int8"] / row_bytes["fp16"]
     reached = {"int8_over_fp16_bytes": share <= BYTES_BAR}
