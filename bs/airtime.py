@@ -284,8 +284,8 @@ def latency_model(devices: Sequence[DeviceLatency], up_to: int, medium: Medium =
     """Put the live models of devices together.
 
     Args:
-        devices: as the trackers have them; a correction holds for all that a device is charged with, but not for
-            the air of a channel that it shares with others.
+        devices: as the trackers have them, whose curves stay the same objects; a correction holds for all that a device
+            is charged with, but not for the air of a channel that it shares with others.
         up_to: the most tokens that a call may have.
         medium: what the links are.
     """

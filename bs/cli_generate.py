@@ -93,7 +93,8 @@ def generate(
 ) -> None:
     """Continue a text or chat, word by word; where the time went is told at the end.
 
-    With --clock virtual the text is real and times are modelled. Ctrl-C ends an answer after the token that is being computed, a second Ctrl-C at once; exit code 130.
+    With --clock virtual the text is real and times are modelled. Ctrl-C ends an answer after the token that is being
+    computed, a second Ctrl-C at once; exit code 130.
     """
     with reported_errors():
         from wdmoe.bs.chat import Conversation, load_chat_template

@@ -30,7 +30,7 @@ from wdmoe.bs.sensitivity import read_sensitivity
 from wdmoe.bs.stages import Stages
 from wdmoe.bs.station import Station, bs_folder, held_experts, introduced, introduced_kept
 from wdmoe.bs.tracing import STAGES, Trace
-from wdmoe.profiles.device_profile import DeviceProfile
+from wdmoe.profiles.device_profile import DeviceProfile, interpolate
 from wdmoe.profiles.link_profile import LinkProfile
 from wdmoe.profiles.modelled import PRECISIONS, ExpertShape, hardware_names, modelled_profile
 from wdmoe.runtime.channels import OwnChannel
@@ -113,6 +113,7 @@ class VirtualTransmitter:
     """
 
     devices: Sequence[VirtualDevice]
+    curves: Sequence[Curve]  # of each device; always the same objects, see `airtime.latency_model`
     links: Sequence[LinkProfile]  # of each device
     row_bytes: float  # as charged
     in_flight: int
@@ -132,8 +133,7 @@ class VirtualTransmitter:
         rows = np.zeros(len(number), np.int64)
         rows[list(asked)] = [len(shipments[n].rows) for n in asked.values()]
         load = Load(rows, *(np.array(part, np.int64) for part in zip(*calls, strict=True)))
-        curves = [device.profile.curve() for device in self.devices]
-        model = _modelled(curves, self.links, self.row_bytes, int(load.tokens.max()))
+        model = _modelled(self.curves, self.links, self.row_bytes, int(load.tokens.max()))
         if self.medium == "pooled":
             part = model.with_rates(self.in_flight * model.down_ms, self.in_flight * model.up_ms)
             shares, _ = per_block(load, part)
@@ -156,7 +156,7 @@ class VirtualTransmitter:
     def _asked_ms(self, k: int, model: LatencyModel, counts: Sequence[int], rows: int) -> Asked:
         """Predict a request to device k on its share of the band; see `airtime.Asked`."""
         share = self.devices[k].air.emulator.share
-        compute_ms = sum(map(self.devices[k].profile.call_ms, counts))
+        compute_ms = sum(interpolate(self.curves[k], count) for count in counts)
         down_ms, way_ms, up_ms = (float(each[k]) for each in (model.down_ms, model.way_ms, model.up_ms))
         return rows * down_ms / share, way_ms, compute_ms, rows * up_ms / share
 
@@ -244,6 +244,7 @@ def open_virtual_station(
     medium = _medium_of(virtual)
     transmitter = VirtualTransmitter(
         devices,
+        [device.profile.curve() for device in devices],
         virtual.profiles,
         2.0 * (virtual.cost_shape.d_model if virtual.cost_shape is not None else manifest.model.d_model),
         config.in_flight if config.in_flight != "auto" else 1,  # it matters only with bandwidth for each block

@@ -5,7 +5,8 @@
 
 One prompt at a time, exact, on the testbed's devices (testbed.toml): on its links, where the air is nearly all of a block,
 and on wires, where computing takes about as long as the way. Times are modelled; with --real, the devices are processes on
-loopback that hold their answers back, and the base station's own clock counts. Answers are compared. No bar: it reports.
+loopback that hold their answers back, and the base station's own clock counts. The last token's logits are compared. No bar:
+it reports.
 """
 
 from __future__ import annotations
