@@ -15,14 +15,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from wdmoe.bs import one_token
 from wdmoe.bs.airtime import BlockTime, Ints, LatencyModel, Load, Medium, Times, latency_model, load_of, makespan
 from wdmoe.bs.allocation import per_block, with_shares
 from wdmoe.bs.latency import DeviceLatency
+from wdmoe.bs.one_token import RowModel, Rows
 from wdmoe.bs.policies import Bottleneck, Capacity, Context, Policy, RoundRobin, Sensitivity, Wlr, select
 from wdmoe.bs.policies.exact import select_exact
 from wdmoe.bs.routing import Bools, Floats, Plan, Routing, softmax
 
 _NO_TIMES: Times = np.empty(0)
+_TIMED = (Wlr, Capacity, Bottleneck)  # tuples: to make a union takes longer than the question
+_DEALING = (RoundRobin, Bottleneck)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +41,12 @@ class Decision:
 
 def knows_times(policy: Policy) -> bool:
     """Whether a policy looks at how fast devices are."""
-    return isinstance(policy, Wlr | Capacity | Bottleneck)
+    return isinstance(policy, _TIMED)
 
 
 def asks_replicas(policy: Policy) -> bool:
     """Whether a policy asks others than the device that is preferred for an expert."""
-    return isinstance(policy, RoundRobin | Bottleneck)
+    return isinstance(policy, _DEALING)
 
 
 def reads_probabilities(policy: Policy) -> bool:
@@ -77,12 +81,17 @@ def context_of(
     """
     return Context(
         block,
-        latency_model(latencies, len(routing.experts), medium=medium) if knows_times(policy) else None,
+        model_of(latencies, len(routing.experts), medium) if knows_times(policy) else None,
         norms,
         holders,
         softmax(router_logits) if reads_probabilities(policy) else None,
         sensitivity,
     )
+
+
+def model_of(latencies: Sequence[DeviceLatency], tokens: int, medium: Medium) -> Rows:
+    """Return what is known of the devices, in the form that is sooner for so many tokens."""
+    return RowModel(latencies, medium) if tokens == 1 else latency_model(latencies, tokens, medium=medium)
 
 
 def choose(routing: Routing, owner: Ints, policy: Policy, context: Context) -> Plan:
@@ -97,8 +106,12 @@ def choose(routing: Routing, owner: Ints, policy: Policy, context: Context) -> P
     model = context.model
     if model is None or not isinstance(policy, Wlr | Capacity):
         return select(routing, owner, _NO_TIMES, policy, context)
+    if len(routing.experts) == 1:
+        times_ms = row_times(routing, owner, model) if isinstance(policy, Wlr) else _NO_TIMES
+        return select(routing, owner, times_ms, policy, context)
+    assert isinstance(model, LatencyModel)
     best = plan = select(routing, owner, row_times(routing, owner, model), policy, context)
-    if policy.rounds == 1 or model.medium != "pooled" or len(routing.experts) == 1:
+    if policy.rounds == 1 or model.medium != "pooled":
         return best
     shares, best_ms = per_block(load_of_plan(plan, routing, owner, model.n_devices), model)
     for _ in range(policy.rounds - 1):
@@ -114,7 +127,7 @@ def choose(routing: Routing, owner: Ints, policy: Policy, context: Context) -> P
     return best
 
 
-def decide(routing: Routing, owner: Ints, policy: Policy, context: Context, model: LatencyModel) -> Decision:
+def decide(routing: Routing, owner: Ints, policy: Policy, context: Context, model: Rows) -> Decision:
     """Select for one block, and say how the air is used and how long it takes.
 
     Args:
@@ -125,6 +138,9 @@ def decide(routing: Routing, owner: Ints, policy: Policy, context: Context, mode
         model: of the devices, on the medium that counts.
     """
     plan = choose(routing, owner, policy, context)
+    if len(routing.experts) == 1:
+        return Decision(plan, *one_token.time_of(plan, one_token.devices_of(plan, routing, owner), model))
+    assert isinstance(model, LatencyModel)
     load = load_of_plan(plan, routing, owner, model.n_devices)
     if model.medium != "pooled":
         return Decision(plan, load, makespan(load, model), None)
@@ -142,11 +158,13 @@ def load_of_plan(plan: Plan, routing: Routing, owner: Ints, n_devices: int) -> L
 
 def pairs_of_model(plan: Plan, routing: Routing, owner: Ints, n_devices: int) -> int:
     """Count the pairs of the model's own choice, asked of whom the plan asks: with nothing left out, or other experts taken."""
+    if len(routing.experts) == 1:
+        return len(set((owner[routing.experts] if plan.devices is None else plan.devices)[0].tolist()))
     everything = replace(select_exact(routing), devices=plan.devices)
     return int(load_of_plan(everything, routing, owner, n_devices).rows.sum())
 
 
-def row_times(routing: Routing, owner: Ints, model: LatencyModel) -> Times:
+def row_times(routing: Routing, owner: Ints, model: Rows) -> Times:
     """Predict the time of one row on each device at the load of the model's own top-k; of an idle one, of a single row.
 
     Returns:
@@ -154,13 +172,14 @@ def row_times(routing: Routing, owner: Ints, model: LatencyModel) -> Times:
     """
     if len(routing.experts) == 1:
         # A row with one expert call on each device, but where the token has several experts.
-        call_ms = model.tables[model.table, 1] * model.slowness
-        result: Times = 2 * model.way_ms + call_ms + model.staging_ms + model.row_air_ms
+        rows_ms = [model.row(k) for k in range(model.n_devices)]
+        times_ms = [2 * way + call + staging + (down + up) for down, way, call, staging, up in rows_ms]
         asked = owner[routing.experts[0]].tolist()
         for k in set(asked):
             if (n := asked.count(k)) > 1:
-                result[k] -= 2 * model.way_ms[k] * (1 - 1 / n)
-        return result
+                times_ms[k] -= 2 * rows_ms[k][1] * (1 - 1 / n)
+        return np.array(times_ms)
+    assert isinstance(model, LatencyModel)
     counts = np.bincount(routing.experts.ravel(), minlength=len(owner))
     rows = np.bincount(owner, counts, model.n_devices)
     calls_ms = np.bincount(owner, model.call_ms(owner, counts), model.n_devices)
@@ -169,5 +188,5 @@ def row_times(routing: Routing, owner: Ints, model: LatencyModel) -> Times:
         everyone = np.arange(model.n_devices)
         calls_ms = np.where(idle, model.call_ms(everyone, np.ones_like(everyone)), calls_ms)
         rows = np.where(idle, 1.0, rows)
-    result = (2 * model.way_ms + calls_ms) / rows + model.staging_ms + model.row_air_ms
+    result: Times = (2 * model.way_ms + calls_ms) / rows + model.staging_ms + model.row_air_ms
     return result

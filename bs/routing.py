@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +72,14 @@ def _route_row(router_logits: Floats, top_k: int, normalise: bool) -> Routing:
     if normalise:
         weights = weights / np.add.reduce(weights)
     return Routing(experts[None], weights[None])
+
+
+@lru_cache(maxsize=64)
+def everything(tokens: int, k: int) -> Bools:
+    """Return True [tokens, k], to be read only: making it takes as long as all else that is done for a token."""
+    keep = np.ones((tokens, k), np.bool_)
+    keep.flags.writeable = False
+    return keep
 
 
 def pair_weights(routing: Routing, owner: Ints, n_devices: int) -> Floats:

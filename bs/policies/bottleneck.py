@@ -17,15 +17,18 @@ from itertools import combinations
 
 import numpy as np
 
-from wdmoe.bs.airtime import LatencyModel, Load, few_finish_ms, linear_model, makespan
+from wdmoe.bs.airtime import LatencyModel, Load, linear_model, makespan
+from wdmoe.bs.one_token import Rows, asked_of, block_ms
 from wdmoe.bs.policies.ladders import Chosen, make_ladders
-from wdmoe.bs.policies.moving import move_rows, one_row
+from wdmoe.bs.policies.moving import move_rows, move_token
 from wdmoe.bs.policies.options import Context, Latencies, Options
 from wdmoe.bs.policies.pairs import (
     Pairs,
     droppable,
-    kept_weights,
+    importance_of_one,
     make_pairs,
+    pairs_of_one,
+    plan_of_one,
     plan_without,
     slot_importance,
     spare_last,
@@ -50,7 +53,10 @@ class Bottleneck(Options):
 
 def select_bottleneck(routing: Routing, owner: Ints, row_ms: Latencies, policy: Bottleneck, context: Context) -> Plan:
     """Choose who is asked where several hold an expert, and the pairs to leave out."""
+    if len(routing.experts) == 1:
+        return _one_token(routing, owner, context.model or linear_model(row_ms, 1), policy, context)
     model = context.model or linear_model(row_ms, len(routing.experts))
+    assert isinstance(model, LatencyModel)
     moved = None if context.holders is None else move_rows(routing.experts, owner, context.holders, model)
     if moved is None:
         return _leave_out(routing, owner[routing.experts], len(owner), model, policy, context)
@@ -62,11 +68,6 @@ def _leave_out(
 ) -> Plan:
     """Choose the pairs to leave out, of tokens whose experts are asked of devices [tokens, k]."""
     importance = slot_importance(routing, policy, context)
-    if len(device) == 1:
-        of_pair = importance[0] if device.shape[1] == 2 and device[0, 0] != device[0, 1] else None
-        of_pair = make_pairs(device, importance).importance[0] if of_pair is None else of_pair  # which costs more
-        costs, allowance = policy.costs(of_pair, importance, context)
-        return _one_token(routing, device[0].tolist(), costs.tolist(), allowance, model, policy)
     pairs = make_pairs(device, importance)
     costs, allowance = policy.costs(pairs.importance, importance, context)
     pairs = replace(pairs, importance=costs)
@@ -158,34 +159,30 @@ def _load(experts: Ints, pairs: Pairs, drop: Bools | None, model: LatencyModel, 
     return Load(rows, made // n_experts, calls[made])
 
 
-def _one_token(
-    routing: Routing,
-    device: list[int],
-    costs: list[float],
-    allowance: float,
-    model: LatencyModel,
-    policy: Bottleneck,
-) -> Plan:
-    """Try all ways to leave out some of a token's least important pairs, in plain Python: the same, but sooner."""
-    slots: dict[int, list[int]] = {}
-    for slot, who in enumerate(device):
-        slots.setdefault(who, []).append(slot)
-    value = {who: costs[mine[0]] for who, mine in slots.items()}  # of a pair, which stands at its lead
-    protected = device[0] if policy.protect else None
-    on_offer = sorted((who for who in slots if who != protected and value[who] <= allowance), key=lambda w: value[w])
-    keep = np.ones(routing.experts.shape, np.bool_)
+def _one_token(routing: Routing, owner: Ints, model: Rows, policy: Bottleneck, context: Context) -> Plan:
+    """Move a token's rows, then try all ways to leave out some of its least important pairs, in plain numbers."""
+    experts: list[int] = routing.experts[0].tolist()
+    device: list[int] = owner[routing.experts[0]].tolist()
+    moved = None if context.holders is None else move_token(experts, device, context.holders, model)
+    devices = None if moved is None else np.array([moved], np.int64)
+    importance = importance_of_one(routing, policy, context)
+    slots, of_pair = pairs_of_one(device if moved is None else moved, importance)
+    costs, allowance = policy.costs_of_one(of_pair, importance, context)
+    cost = {who: costs[mine[0]] for who, mine in slots.items()}
+    protected = next(iter(slots)) if policy.protect else None
+    on_offer = [who for who in slots if who != protected and cost[who] <= allowance]
     if not on_offer or len(slots) == 1:
-        return Plan(keep, routing.weights)
-    asked = {who: one_row(who, len(mine), model) for who, mine in slots.items()}
+        return plan_of_one(routing, (), policy, devices=devices)
+    on_offer = sorted(on_offer, key=cost.__getitem__)[:_FEW]
+    asked = {who: asked_of(who, len(mine), model) for who, mine in slots.items()}
     best: tuple[int, ...] = ()
-    best_ms = max(few_finish_ms(list(asked.values()), model.medium)[0])
-    for n in range(1, min(_FEW, len(on_offer)) + 1):
-        for out in combinations(on_offer[:_FEW], n):
-            if n == len(slots) or sum(value[who] for who in out) > allowance:
+    best_ms = block_ms(list(asked.values()), model.medium)
+    for n in range(1, min(len(on_offer), len(slots) - 1) + 1):
+        for out in combinations(on_offer, n):
+            if sum([cost[who] for who in out]) > allowance:
                 continue
-            took_ms = max(few_finish_ms([one for who, one in asked.items() if who not in out], model.medium)[0])
+            took_ms = block_ms([one for who, one in asked.items() if who not in out], model.medium)
             if took_ms < best_ms * (1 - 1e-9):
                 best, best_ms = out, took_ms
-    for who in best:
-        keep[0, slots[who]] = False
-    return Plan(keep, kept_weights(routing, keep, policy.renormalise) if best else routing.weights)
+    left_out = [slot for who in best for slot in slots[who]]
+    return plan_of_one(routing, left_out, policy, devices=devices)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
 from wdmoe.bs.policies.options import Context
-from wdmoe.bs.routing import Bools, Ints, Plan, Routing
+from wdmoe.bs.routing import Bools, Ints, Plan, Routing, everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +30,7 @@ class RoundRobin:
 
 def select_exact(routing: Routing) -> Plan:
     """Keep everything."""
-    return Plan(_everything(*routing.experts.shape), routing.weights)
-
-
-@lru_cache(maxsize=64)
-def _everything(tokens: int, k: int) -> Bools:
-    """Return True [tokens, k], to be read only: making it takes as long as all else that is done here for a token."""
-    keep = np.ones((tokens, k), np.bool_)
-    keep.flags.writeable = False
-    return keep
+    return Plan(everything(*routing.experts.shape), routing.weights)
 
 
 def select_round_robin(routing: Routing, context: Context) -> Plan:
@@ -51,8 +42,8 @@ def select_round_robin(routing: Routing, context: Context) -> Plan:
     if context.holders is None or int(np.count_nonzero(context.holders)) == len(context.holders):
         return plan  # nobody holds what another holds, too
     if len(routing.experts) == 1:
-        holding = [np.flatnonzero(context.holders[expert]) for expert in routing.experts[0]]
-        turn = [int(them[context.block % len(them)]) for them in holding]
+        holding = [context.holders[expert].nonzero()[0].tolist() for expert in routing.experts[0].tolist()]
+        turn = [them[context.block % len(them)] for them in holding]
         return Plan(plan.keep, plan.weights, devices=np.array([turn], np.int64))
     replicas = Replicas.of(context.holders)
     dealt = replicas.deal(routing.experts, context.block)

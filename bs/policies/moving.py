@@ -6,12 +6,14 @@ block, by the latency model and with rows that tokens share counted, is done soo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from math import prod
 
 import numpy as np
 
 from wdmoe.bs.airtime import Asked, LatencyModel, few_finish_ms, load_of
+from wdmoe.bs.one_token import Rows, asked_of, block_ms
 from wdmoe.bs.policies.exact import Replicas
 from wdmoe.bs.routing import Bools, Ints
 
@@ -37,7 +39,8 @@ def move_rows(experts: Ints, owner: Ints, holders: Bools, model: LatencyModel) -
     if int(np.count_nonzero(holders)) == len(holders):
         return None
     if len(experts) == 1:
-        return _one_token(experts[0].tolist(), owner, holders, model)
+        moved = move_token(experts[0].tolist(), owner[experts[0]].tolist(), holders, model)
+        return None if moved is None else np.array([moved], np.int64)
     replicas, few = Replicas.of(holders), len(experts) <= _AGAIN
     blocks = [_Block(experts, owner[experts], replicas, model)]
     before_ms = blocks[0].block_ms()
@@ -48,28 +51,42 @@ def move_rows(experts: Ints, owner: Ints, holders: Bools, model: LatencyModel) -
     return best.device if took_ms < before_ms * _GAIN else None
 
 
-def _one_token(experts: list[int], owner: Ints, holders: Bools, model: LatencyModel) -> Ints | None:
-    may = [[int(owner[e]), *(k for k in np.flatnonzero(holders[e]).tolist() if k != owner[e])] for e in experts]
-    start = tuple(them[0] for them in may)
+def move_token(experts: list[int], device: list[int], holders: Bools, model: Rows) -> list[int] | None:
+    """Do the same for one token in plain numbers.
 
-    def block_ms(asked: tuple[int, ...]) -> float:
-        return max(few_finish_ms([one_row(k, asked.count(k), model) for k in dict.fromkeys(asked)], model.medium)[0])
+    Args:
+        experts: [k].
+        device: [k], who is asked otherwise.
+        holders: [n_experts, K], who may be asked.
+        model: of the devices.
+    """
+    may = []
+    for expert, k in zip(experts, device, strict=True):
+        holding = holders[expert].nonzero()[0].tolist()
+        if len(holding) > 1:
+            holding.remove(k)
+        may.append([k, *holding] if holding != [k] else holding)
+    ways = prod(map(len, may))
+    if ways == 1:
+        return None
 
-    best, best_ms = start, block_ms(start)
-    if prod(map(len, may)) <= _ALL:
+    alone = {k: asked_of(k, 1, model) for them in may for k in them}
+
+    def took_ms(asked: Sequence[int]) -> float:
+        if len(set(asked)) == len(asked):
+            return block_ms([alone[k] for k in asked], model.medium)
+        return block_ms([asked_of(k, asked.count(k), model) for k in dict.fromkeys(asked)], model.medium)
+
+    start = tuple(device)
+    best, best_ms = start, took_ms(start)
+    if ways <= _ALL:
         tried = list(product(*may))[1:]
     else:
         tried = [(*start[:n], k, *start[n + 1 :]) for n, them in enumerate(may) for k in them[1:]]
     for asked in tried:
-        if (took_ms := block_ms(asked)) < best_ms * _GAIN:
-            best, best_ms = asked, took_ms
-    return None if best == start else np.array([best], np.int64)
-
-
-def one_row(k: int, calls: int, model: LatencyModel) -> Asked:
-    """Return what one row with some expert calls of one token takes; see `few_finish_ms`."""
-    down_ms, way_ms, call_ms, staging_ms, up_ms = model.row(k)
-    return down_ms, way_ms, calls * call_ms + staging_ms, up_ms
+        if (ms := took_ms(asked)) < best_ms * _GAIN:
+            best, best_ms = asked, ms
+    return None if best == start else list(best)
 
 
 class _Block:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.bs.airtime import LatencyModel
+from wdmoe.bs.one_token import Rows
 from wdmoe.bs.routing import Bools, Floats
 
 Latencies = npt.NDArray[np.float64]
@@ -30,7 +30,7 @@ class Context:
     """What a policy may know of a block beside the routing; what is not known is None."""
 
     block: int = 0
-    model: LatencyModel | None = None  # of the devices; None: `row_ms` is all that is known
+    model: Rows | None = None  # of the devices; None: `row_ms` is all that is known
     norms: Floats | None = None  # [n_experts], calibrated mean norm of each expert's output in this block
     holders: Bools | None = None  # [n_experts, n_devices], who has each expert; None: its owner alone
     probabilities: Floats | None = None  # [tokens, n_experts], the router's, over all experts
@@ -64,11 +64,11 @@ class Options:
         name = policy_name(type(self))
         return f"{name}:{','.join(changed)}" if changed else name
 
-    def allowance(self, importance: Floats, block: int) -> float:
+    def allowance(self, importance: float, block: int) -> float:
         """Return how much importance may be left out in a block, infinite without a budget.
 
         Args:
-            importance: of all that the model chose, in any shape.
+            importance: of all that the model chose.
             block: which one.
 
         Raises:
@@ -79,7 +79,7 @@ class Options:
         if len(self.budget) > 1 and block >= len(self.budget):
             raise ValueError(f"{policy_name(type(self))}: {len(self.budget)} budgets, but there is a block {block}")
         share = self.budget[block if len(self.budget) > 1 else 0]
-        return share * float(importance.sum(dtype=np.float64))
+        return share * importance
 
     def uncalibrated(self) -> str:
         """Say that a loss is given, and that nothing is known to keep to it by."""
@@ -100,11 +100,25 @@ class Options:
             ValueError: a loss is given, but was never calibrated for this bundle.
         """
         if self.loss == math.inf:
-            return pairs, self.allowance(importance, context.block)
+            whole = float(importance.sum(dtype=np.float64)) if self.budget else 0.0
+            return pairs, self.allowance(whole, context.block)
+        known = self._calibrated(context)
+        return np.float32(known.nats) * pairs * pairs, self.loss * known.share * len(importance)
+
+    def costs_of_one(
+        self, pairs: Sequence[float], importance: Sequence[float], context: Context
+    ) -> tuple[Sequence[float], float]:
+        """Return the same of one token, in plain numbers."""
+        if self.loss == math.inf:
+            return pairs, self.allowance(sum(importance), context.block)
+        known = self._calibrated(context)
+        return [known.nats * pair * pair for pair in pairs], self.loss * known.share
+
+    def _calibrated(self, context: Context) -> Sensitivity:
         known = (context.sensitivity or {}).get(self.importance)
         if known is None:
             raise ValueError(self.uncalibrated())
-        return np.float32(known.nats) * pairs * pairs, self.loss * known.share * len(importance)
+        return known
 
 
 def check_budgets(policy: object, n_blocks: int) -> None:

@@ -8,12 +8,13 @@ that nothing grows with the number of devices. Slot 0 is the token's top expert 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from wdmoe.bs.policies.options import Context, Options
-from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing
+from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing, everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +110,6 @@ def within_budget(drop: Bools, importance: Floats, allowance: float) -> Bools:
     """
     if allowance == math.inf:
         return drop
-    if drop.ndim == 2 and len(drop) == 1:  # the same in plain Python, sooner
-        few, spent = np.zeros(drop.shape, np.bool_), 0.0
-        asked = zip(drop[0].tolist(), importance[0].tolist(), strict=True)
-        for cost, slot in sorted((cost, slot) for slot, (out, cost) in enumerate(asked) if out):
-            spent += cost
-            if spent > allowance:
-                break
-            few[0, slot] = True
-        return few
     at = np.flatnonzero(drop)
     of_each = importance.ravel()[at].astype(np.float64)
     order = np.argsort(of_each, kind="stable")
@@ -129,11 +121,6 @@ def within_budget(drop: Bools, importance: Floats, allowance: float) -> Bools:
 
 def kept_weights(routing: Routing, keep: Bools, renormalise: bool) -> Floats:
     """Return what outputs are multiplied with: 0 where not kept, the rest scaled to the sum of all if asked to."""
-    if keep.shape == (1, 2):  # the same in plain numbers, to the bit
-        first, second = routing.weights[0]
-        left = (first if keep[0, 0] else np.float32(0)) + (second if keep[0, 1] else np.float32(0))
-        scale = (first + second) / left if renormalise and left else np.float32(1)
-        return np.array([[first * scale * keep[0, 0], second * scale * keep[0, 1]]], np.float32)
     weights = np.where(keep, routing.weights, np.float32(0))
     if renormalise:
         left = _sums(weights)
@@ -158,3 +145,58 @@ def plan_without(routing: Routing, pairs: Pairs, drop: Bools, options: Options, 
     """Make the plan that leaves out the pairs of some leads."""
     keep = pairs.keep_without(drop)
     return Plan(keep, kept_weights(routing, keep, options.renormalise), stopped=stopped)
+
+
+def importance_of_one(routing: Routing, options: Options, context: Context) -> list[float]:
+    """Return the importance of each expert of one token; see `slot_importance`."""
+    importance: list[float] = slot_importance(routing, options, context)[0].tolist()
+    return importance
+
+
+def pairs_of_one(devices: Sequence[int], importance: Sequence[float]) -> tuple[dict[int, list[int]], list[float]]:
+    """Return the slots of each device, the first of which is the lead, and the importance of each pair at its lead, else 0."""
+    slots: dict[int, list[int]] = {}
+    for slot, device in enumerate(devices):
+        slots.setdefault(device, []).append(slot)
+    if len(slots) == len(devices):
+        return slots, list(importance)
+    of_pair = [0.0] * len(devices)
+    for mine in slots.values():
+        of_pair[mine[0]] = sum([importance[slot] for slot in mine])
+    return slots, of_pair
+
+
+def affordable_of_one(out: Sequence[int], costs: Sequence[float], allowance: float) -> Sequence[int]:
+    """Return the slots that may be left out of those that were to be; see `within_budget`."""
+    spent, few = 0.0, []
+    for slot in sorted(out, key=lambda slot: costs[slot]):
+        spent += costs[slot]
+        if spent > allowance:
+            break
+        few.append(slot)
+    return few
+
+
+def plan_of_one(
+    routing: Routing,
+    out: Sequence[int],
+    options: Options,
+    theta: float | None = None,
+    stopped: str | None = None,
+    devices: Ints | None = None,
+) -> Plan:
+    """Make the plan that leaves out some slots of one token."""
+    shape = routing.experts.shape
+    if not out:
+        return Plan(everything(*shape), routing.weights, theta, stopped, devices=devices)
+    keep = everything(*shape).copy()
+    for slot in out:
+        keep[0, slot] = False
+    if shape[1] > 2:
+        return Plan(keep, kept_weights(routing, keep, options.renormalise), theta, stopped, devices=devices)
+    # The same for two experts, to the bit: of float32, no more is left of the one that is kept than its weight.
+    weights, stays = np.zeros(shape, np.float32), 1 - out[0]
+    left = routing.weights[0, stays]
+    whole = routing.weights[0, 0] + routing.weights[0, 1]
+    weights[0, stays] = left * (whole / left) if options.renormalise and left else left
+    return Plan(keep, weights, theta, stopped, devices=devices)

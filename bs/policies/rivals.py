@@ -8,8 +8,12 @@ import numpy as np
 
 from wdmoe.bs.policies.options import Context, Options, require
 from wdmoe.bs.policies.pairs import (
+    affordable_of_one,
+    importance_of_one,
     kept_weights,
     make_pairs,
+    pairs_of_one,
+    plan_of_one,
     plan_without,
     slot_importance,
     within_budget,
@@ -46,6 +50,11 @@ class TopCut(Options):
 
 def select_ser(routing: Routing, policy: Ser, context: Context) -> Plan:
     """Leave experts out one by one: one that shares its device with a kept one saves compute but no bytes."""
+    if len(routing.experts) == 1:
+        few = importance_of_one(routing, policy, context)
+        least = policy.t * few[0]
+        out = [slot for slot in range(policy.k_min, len(few)) if few[slot] <= least]
+        return plan_of_one(routing, affordable_of_one(out, *policy.costs_of_one(few, few, context)), policy)
     importance = slot_importance(routing, policy, context)
     drop = importance <= policy.t * importance[:, :1]
     drop[:, : policy.k_min] = False
@@ -55,6 +64,8 @@ def select_ser(routing: Routing, policy: Ser, context: Context) -> Plan:
 
 def select_top_cut(routing: Routing, owner: Ints, policy: TopCut, context: Context) -> Plan:
     """Rank what each token has by importance and leave out all from rank n on."""
+    if len(routing.experts) == 1:
+        return _cut_one(routing, owner, policy, context)
     importance = slot_importance(routing, policy, context)
     pairs = make_pairs(owner[routing.experts], importance) if policy.pairs else None
     ranked = importance if pairs is None else pairs.importance
@@ -68,3 +79,17 @@ def select_top_cut(routing: Routing, owner: Ints, policy: TopCut, context: Conte
     if pairs is not None:
         return plan_without(routing, pairs, drop, policy)
     return Plan(~drop, kept_weights(routing, ~drop, policy.renormalise))
+
+
+def _cut_one(routing: Routing, owner: Ints, policy: TopCut, context: Context) -> Plan:
+    """Do the same for one token in plain numbers."""
+    importance = ranked = importance_of_one(routing, policy, context)
+    slots = {slot: [slot] for slot in range(len(importance))}
+    if policy.pairs:
+        by_device, ranked = pairs_of_one(owner[routing.experts[0]].tolist(), importance)
+        slots = {mine[0]: mine for mine in by_device.values()}
+    out = sorted(slots, key=lambda slot: -ranked[slot])[policy.n :]
+    if policy.protect and 0 in out:
+        out.remove(0)
+    leads = affordable_of_one(out, *policy.costs_of_one(ranked, importance, context))
+    return plan_of_one(routing, [slot for lead in leads for slot in slots[lead]], policy)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from wdmoe.bs.policies.options import Context, Latencies, Options, require
-from wdmoe.bs.policies.pairs import kept_weights, slot_importance, within_budget
-from wdmoe.bs.routing import Floats, Ints, Plan, Routing, pair_weights, pairs_used
+from wdmoe.bs.policies.pairs import importance_of_one, kept_weights, plan_of_one, slot_importance, within_budget
+from wdmoe.bs.routing import Ints, Plan, Routing, pair_weights, pairs_used
+
+_GAIN, _NO_GAIN = "gain reached", "theta at its end"  # why the search stopped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +44,9 @@ def select_wlr(routing: Routing, owner: Ints, row_ms: Latencies, policy: Wlr, co
     sits on fast devices, and the minor pair can go cheaply. Each theta starts again from the model's top-k, so a
     token loses at most its smallest pair. WLR = sum over devices of (weights of their pairs) / (rows x row_ms).
     """
+    if routing.experts.shape == (1, 2):
+        return _one_token(routing, owner, row_ms, policy, context)
     importance = slot_importance(routing, policy, context)
-    if importance.shape == (1, 2):
-        return _one_token(routing, importance, owner, row_ms, policy, context)
     pairs = pair_weights(Routing(routing.experts, importance), owner, len(row_ms))
     used = pairs_used(routing.experts, np.ones(routing.experts.shape, np.bool_), owner, len(row_ms))
     length = np.sqrt(np.add.reduce(pairs * pairs, axis=1))  # np.linalg.norm, without what it costs one token
@@ -75,40 +78,31 @@ def select_wlr(routing: Routing, owner: Ints, row_ms: Latencies, policy: Wlr, co
         step += 1
     drop = within_budget(drop, *policy.costs(minor, importance, context))
     keep = ~(drop[:, None] & (owner[routing.experts] == smallest[:, None]))
-    stopped = "gain reached" if gained else "theta at its end"
+    stopped = _GAIN if gained else _NO_GAIN
     return Plan(keep, kept_weights(routing, keep, policy.renormalise), theta, stopped)
 
 
-def _one_token(
-    routing: Routing, importance: Floats, owner: Ints, row_ms: Latencies, policy: Wlr, context: Context
-) -> Plan:
-    """Do the same for one token of two experts, to the bit, without what numpy costs so few numbers."""
+def _one_token(routing: Routing, owner: Ints, row_ms: Latencies, policy: Wlr, context: Context) -> Plan:
+    """Do the same for one token of two experts in plain numbers: theta grows until its minor pair may go."""
+    importance = importance_of_one(routing, policy, context)
     first, second = owner[routing.experts[0]].tolist()
-    pairs = np.zeros((1, len(row_ms)), np.float32)
-    pairs[0, first] = importance[0, 0]
-    pairs[0, second] += importance[0, 1]
-    drop = gained = False
-    theta, step = min(1.0, policy.alpha), 0
-    minor = min((first, second), key=lambda k: (float(pairs[0, k]), k))
+    minor = min((first, second), key=lambda k: (importance[0 if k == first else 1], k))
     if first == second or (policy.protect and minor == first):
-        theta = 1.0
-    else:
-        a, b = pairs[0, first], pairs[0, second]
-        similarity = float((pairs @ row_ms)[0] / (np.sqrt(a * a + b * b) * np.sqrt(row_ms.dot(row_ms))))
-        while not (theta >= similarity or theta >= 1.0):
+        return plan_of_one(routing, [], policy, 1.0, _NO_GAIN)
+    times_ms: list[float] = row_ms.tolist()
+    (a, b), (a_ms, b_ms) = importance, (times_ms[first], times_ms[second])
+    stays, whole = (a / a_ms if minor == second else b / b_ms), a / a_ms + b / b_ms
+    theta, gained = 1.0, stays > policy.gamma * whole
+    if gained:
+        all_ms = math.sqrt(sum([ms * ms for ms in times_ms]))
+        similarity = (a * a_ms + b * b_ms) / (math.sqrt(a * a + b * b) * all_ms)
+        step, theta = 0, min(1.0, policy.alpha)
+        while theta < min(similarity, 1.0):
             step += 1
             theta = min(1.0, policy.alpha + step * policy.step)
-        drop = True
-        each = {k: float(pairs[0, k]) / float(row_ms[k]) for k in sorted((first, second))}
-        left = sum(ratio for k, ratio in each.items() if k != minor)
-        gained = left > policy.gamma * sum(each.values())
-        theta = theta if gained else 1.0
-    stopped = "gain reached" if gained else "theta at its end"
-    cost, allowance = policy.costs(pairs[:, minor], importance, context)
-    if not drop or float(cost[0]) > allowance:
-        return Plan(np.ones((1, 2), np.bool_), routing.weights, theta, stopped)
-    keep = np.array([[first != minor, second != minor]])
-    return Plan(keep, kept_weights(routing, keep, policy.renormalise), theta, stopped)
+    slot = 0 if minor == first else 1
+    cost, allowance = policy.costs_of_one([importance[slot]], importance, context)
+    return plan_of_one(routing, [slot] if cost[0] <= allowance else [], policy, theta, _GAIN if gained else _NO_GAIN)
 
 
 def _wlr(weight: npt.NDArray[np.floating], rows: Ints, row_ms: Latencies) -> float:

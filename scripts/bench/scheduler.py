@@ -24,8 +24,8 @@ ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT)]
 from scripts.bench._environment import CpuUse, environment, progress, write_json
 from scripts.bench.simulator import SENSITIVITY, simulation_s
-from wdmoe.bs.airtime import Medium, latency_model
-from wdmoe.bs.deciding import asks_replicas, context_of, decide
+from wdmoe.bs.airtime import Medium
+from wdmoe.bs.deciding import asks_replicas, context_of, decide, model_of
 from wdmoe.bs.latency import DeviceLatency
 from wdmoe.bs.policies import Policy, parse_policy
 from wdmoe.bs.routing import Floats, Routing, route
@@ -132,7 +132,7 @@ def timed(policy: Policy, routing: Routing, logits: Floats, devices: Sequence[De
     holders = HOLDERS if asks_replicas(policy) else None
     started_s = time.perf_counter()
     context = context_of(policy, 0, routing, logits, devices, medium, norms=NORMS, holders=holders, sensitivity=known)
-    model = context.model or latency_model(devices, len(routing.experts), medium=medium)
+    model = context.model or model_of(devices, len(routing.experts), medium)
     decide(routing, OWNER, policy, context, model)
     return time.perf_counter() - started_s
 

@@ -77,7 +77,7 @@ def test_many_rows_are_divided_better_than_dealt_out_evenly(medium: Medium, toke
 def took(routing: Routing, owner: Ints, policy: Bottleneck, context: Context) -> tuple[Plan, float]:
     plan = select(routing, owner, np.empty(0), policy, context)
     asked = owner[routing.experts] if plan.devices is None else plan.devices
-    assert context.model is not None
+    assert isinstance(context.model, LatencyModel)
     return plan, block_ms(routing.experts, asked, len(owner), context.model, plan.keep)
 
 

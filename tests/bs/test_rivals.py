@@ -10,7 +10,6 @@ import pytest
 
 from wdmoe.bs.dispatch import split_by_device
 from wdmoe.bs.policies import POLICIES, Capacity, Context, Exact, RoundRobin, Ser, TopCut, parse_policy, select
-from wdmoe.bs.policies.pairs import within_budget
 from wdmoe.bs.routing import Plan, Routing, pairs_used, route
 
 OWNER = np.array([0, 0, 1, 1, 2, 2, 3, 3])
@@ -190,17 +189,3 @@ def test_requests_go_where_the_plan_says() -> None:
     assert second.request.counts == (1, 1)
     np.testing.assert_allclose(np.frombuffer(second.request.weights, "<f4"), [0.7, 0.4])
     np.testing.assert_array_equal(np.frombuffer(second.request.index, "<u4"), [1, 0])
-
-
-def test_one_token_keeps_to_a_budget_as_many_do() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        k = int(rng.integers(1, 9))
-        drop, importance = (
-            rng.random((1, k)) < 0.7,
-            rng.choice([0.125, 0.25, 0.5, rng.random()], (1, k)).astype(np.float32),
-        )
-        allowance = float(rng.choice([0.0, 0.25, 0.75, 3.0, rng.random()]))
-        # Of one dimension the same pairs go the general way.
-        expected = within_budget(drop[0], importance[0], allowance)
-        np.testing.assert_array_equal(within_budget(drop, importance, allowance)[0], expected)
