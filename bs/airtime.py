@@ -140,24 +140,17 @@ def load_of(experts: Ints, keep: npt.NDArray[np.bool_], devices: Ints, n_experts
         n_experts: of a block.
         n_devices: number of devices.
     """
-    if len(experts) == 1:
-        return _load_of_token(experts[0][keep[0]].tolist(), devices[0][keep[0]].tolist(), n_devices)
-    calls = np.bincount((devices * n_experts + experts)[keep])
+    calls = np.bincount((devices * n_experts + experts).ravel(), keep.ravel()).astype(np.int64)
     made = np.flatnonzero(calls)
     rows = np.bincount(made // n_experts, calls[made], n_devices).astype(np.int64)
     for slot in range(1, experts.shape[1]):  # an earlier slot of the token already brought the row
-        again = np.zeros(len(experts), np.bool_)
-        for earlier in range(slot):
+        again = (devices[:, slot] == devices[:, 0]) & keep[:, 0]
+        for earlier in range(1, slot):
             again |= (devices[:, slot] == devices[:, earlier]) & keep[:, earlier]
-        rows -= np.bincount(devices[again & keep[:, slot], slot], minlength=n_devices)
+        tokens = np.flatnonzero(again & keep[:, slot])
+        if len(tokens):
+            rows -= np.bincount(devices[tokens, slot], minlength=n_devices)
     return Load(rows, made // n_experts, calls[made])
-
-
-def _load_of_token(experts: list[int], devices: list[int], n_devices: int) -> Load:
-    rows = np.zeros(n_devices, np.int64)
-    rows[devices] = 1
-    called = sorted(zip(devices, experts, strict=True))
-    return Load(rows, np.array([k for k, _ in called], np.int64), np.ones(len(called), np.int64))
 
 
 def makespan(load: Load, model: LatencyModel, order: Sequence[int] | Ints | None = None) -> BlockTime:
@@ -220,9 +213,12 @@ def pooled_root(air_ms: Sequence[float], fixed_ms: Sequence[float]) -> float:
         (air_a, air_b), (fixed_a, fixed_b) = air_ms, fixed_ms
         a_ms, b_ms = fixed_a + air_a, fixed_b + air_b
         return (a_ms + b_ms + math.sqrt((a_ms - b_ms) ** 2 + 4 * air_a * air_b)) / 2
-    # Each device alone with the whole band: not enough for all.
+    # Each device alone with the whole band: not enough for all. Nor is it if all had the mean fixed time (by air; Jensen).
     t_ms = max((fixed + air for fixed, air in zip(fixed_ms, air_ms, strict=True)), default=0.0)
     on_air = [(air, fixed) for air, fixed in zip(air_ms, fixed_ms, strict=True) if air > 0]
+    if on_air:
+        whole_ms = sum([air for air, _ in on_air])
+        t_ms = max(t_ms, whole_ms + sum([air * fixed for air, fixed in on_air]) / whole_ms)
     while on_air:
         excess, slope = -1.0, 0.0
         for air, fixed in on_air:
@@ -242,6 +238,8 @@ def pooled_root(air_ms: Sequence[float], fixed_ms: Sequence[float]) -> float:
 def _pooled_root_of_many(air_ms: Times, fixed_ms: Times) -> float:
     t_ms = float((fixed_ms + air_ms).max())
     air_ms, fixed_ms = air_ms[air_ms > 0], fixed_ms[air_ms > 0]
+    if whole_ms := float(air_ms.sum()):
+        t_ms = max(t_ms, whole_ms + float(air_ms @ fixed_ms) / whole_ms)
     while True:
         left_ms = np.maximum(t_ms - fixed_ms, 1e-12 * t_ms)
         shares = air_ms / left_ms

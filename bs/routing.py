@@ -49,7 +49,8 @@ def route(router_logits: Floats, top_k: int, normalise: bool) -> Routing:
     if len(router_logits) == 1:
         return _route_row(router_logits[0], top_k, normalise)
     probabilities = softmax(router_logits)
-    experts = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k]
+    # A copy, and not a view of wider rows: whoever reads it does so many times.
+    experts = np.argsort(-probabilities, axis=1, kind="stable")[:, :top_k].copy()
     weights = probabilities[np.arange(len(experts))[:, None], experts]  # take_along_axis takes twice as long
     if normalise:
         weights = weights / weights.sum(axis=1, keepdims=True)

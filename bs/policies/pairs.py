@@ -28,14 +28,12 @@ class Pairs:
 
     def keep_without(self, drop: Bools) -> Bools:
         """Return [tokens, k] what is kept when the pairs of some leads are left out."""
-        return ~np.take_along_axis(drop, self.lead_of, axis=1)
-
-    def per_token(self) -> Ints:
-        """[tokens], how many pairs each has."""
-        count = self.lead[:, 0].astype(np.int64)
-        for slot in range(1, self.lead.shape[1]):  # far faster than a sum along so short an axis
-            count += self.lead[:, slot]
-        return count
+        keep = ~drop
+        for slot in range(1, keep.shape[1]):  # where a slot is no lead, its lead decides
+            tokens = np.flatnonzero(~self.lead[:, slot])
+            if len(tokens):
+                keep[tokens, slot] = ~drop[tokens, self.lead_of[tokens, slot]]
+        return keep
 
     def without_any(self, drop: Bools) -> Ints:
         """Return the tokens that would lose all their pairs."""
@@ -68,14 +66,12 @@ def make_pairs(device: Ints, importance: Floats) -> Pairs:
         importance: [tokens, k], of each slot.
     """
     k = device.shape[1]
-    lead_of = np.zeros(device.shape, np.int64)
+    lead, lead_of = np.ones(device.shape, np.bool_), np.broadcast_to(np.arange(k), device.shape).copy()
     total = importance.copy()
-    for slot in range(1, k):
-        lead_of[:, slot] = slot
+    for slot in range(1, k):  # column by column: numpy is slow along so short an axis
         for earlier in range(slot - 1, -1, -1):  # the first one found last
-            lead_of[device[:, slot] == device[:, earlier], slot] = earlier
-    lead = lead_of == np.arange(k)
-    for slot in range(1, k):
+            tokens = np.flatnonzero(device[:, slot] == device[:, earlier])
+            lead_of[tokens, slot], lead[tokens, slot] = earlier, False
         tokens = np.flatnonzero(~lead[:, slot])
         if len(tokens):
             total[tokens, lead_of[tokens, slot]] += importance[tokens, slot]
@@ -85,9 +81,8 @@ def make_pairs(device: Ints, importance: Floats) -> Pairs:
 
 def droppable(pairs: Pairs, protect: bool) -> Bools:
     """Say which leads may be left out alone: of tokens with several pairs, and not the top expert's if protected."""
-    may = pairs.lead & (pairs.per_token() > 1)[:, None]
-    if protect:
-        may[:, 0] = False
+    may = pairs.lead.copy()
+    may[:, 0] = False if protect or may.shape[1] == 1 else np.logical_or.reduce(may.T[1:])
     return may
 
 
@@ -125,7 +120,9 @@ def kept_weights(routing: Routing, keep: Bools, renormalise: bool) -> Floats:
     if renormalise:
         left = _sums(weights)
         left[left == 0] = 1  # weights may be too small for float32
-        weights *= (_sums(routing.weights) / left)[:, None]
+        scale = _sums(routing.weights) / left
+        for slot in range(weights.shape[1]):
+            weights[:, slot] *= scale
     return weights
 
 
