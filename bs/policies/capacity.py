@@ -90,13 +90,17 @@ def _offer(
     if context.probabilities is None:
         raise ValueError(f"{policy.describe()}: needs the router's probabilities over all experts")
     tokens, slots = np.nonzero(drop)
-    others = context.probabilities[tokens].copy()
-    np.put_along_axis(others, routing.experts[tokens], -1.0, axis=1)
+    others, each = context.probabilities[tokens], np.arange(len(tokens))
+    for slot in range(routing.experts.shape[1]):
+        others[each, routing.experts[tokens, slot]] = -1.0
     # A token that loses several pairs offers them to its first, second, ... next expert.
-    nth = np.arange(len(tokens)) - np.searchsorted(tokens, tokens)
-    ranked = np.argsort(-others, axis=1, kind="stable")
+    nth = each - np.searchsorted(tokens, tokens)
     n_others = others.shape[1] - routing.experts.shape[1]
-    stand_in = ranked[np.arange(len(tokens)), np.minimum(nth, max(0, n_others - 1))]
+    if nth.any():
+        ranked = np.argsort(-others, axis=1, kind="stable")
+        stand_in = ranked[each, np.minimum(nth, max(0, n_others - 1))]
+    else:
+        stand_in = others.argmax(axis=1)
     at_hand = nth < n_others
     # First come, first served, the most probable first; a device that is over its cap has no room at all.
     probability: Floats = context.probabilities[tokens, stand_in]

@@ -159,21 +159,20 @@ def make_ladders(
     bounds = np.searchsorted(device[at], np.append(loaded, model.n_devices))
     calls = np.bincount((pairs.device * n_experts + experts).ravel())  # what each device is called for
 
-    sequences: list[Ints] = []
-    emptying: list[int] = []  # how many pairs of each ladder empty experts
-    owners: list[int] = []
-    for n, who in enumerate(loaded.tolist()):
-        mine = at[bounds[n] : bounds[n + 1]]
-        for first in [np.empty(0, np.int64), *_emptied(mine, experts, pairs, calls, who, n_experts, allowance)]:
-            rest = mine if len(first) == 0 else mine[~np.isin(mine, first)]
-            sequences.append(np.concatenate((first, rest)) if len(first) else rest)
-            emptying.append(len(first))
-            owners.append(who)
-
-    lengths = np.array([len(sequence) for sequence in sequences])
-    owner = np.array(owners)
+    owner, lengths, item, emptying = loaded, np.diff(bounds), at, np.zeros(len(loaded), np.int64)
+    if emptied := _emptied(at, bounds, loaded, experts, pairs, may, calls, n_experts, allowance):
+        pieces, done = [], 0
+        for n, firsts in emptied.items():
+            pieces.append(at[done : bounds[n + 1]])
+            mine, done = at[bounds[n] : bounds[n + 1]], bounds[n + 1]
+            for first in firsts:
+                pieces += [first, mine[~np.isin(mine, first)]]
+        item = np.concatenate((*pieces, at[done:]))
+        more = np.repeat([*emptied], [len(firsts) for firsts in emptied.values()])  # after the first ladder of the device
+        sizes = [len(first) for firsts in emptied.values() for first in firsts]
+        owner, lengths = (np.insert(array, more + 1, array[more]) for array in (owner, lengths))
+        emptying = np.insert(emptying, more + 1, sizes)
     start = np.concatenate(([0], np.cumsum(lengths + 2)))
-    item = np.concatenate(sequences)
     ladder = np.repeat(np.arange(len(owner)), lengths)
     place = np.arange(len(item)) + 2 * ladder  # of the step in [N]
     cost = importance[item].astype(np.float64)
@@ -183,8 +182,8 @@ def make_ladders(
     n = int(start[-1])
     lead, step_importance = np.zeros(n, np.int64), np.full(n, np.inf)
     lead[place], step_importance[place] = item, cost
-    for at_ladder, count in enumerate(emptying):
-        step_importance[start[at_ladder] : start[at_ladder] + count] = 0.0
+    for n_ladder in np.flatnonzero(emptying).tolist():
+        step_importance[start[n_ladder] : start[n_ladder] + emptying[n_ladder]] = 0.0
     alone_ms = (2 * model.way_ms + load.compute_ms(model) + load.rows * model.row_air_ms)[owner]
     flat_ms = np.repeat(alone_ms, lengths + 2) - _along(saved_ms, place, start, lengths)
     spent = _along(cost, place, start, lengths)
@@ -196,20 +195,54 @@ def make_ladders(
 
 
 def _emptied(
-    mine: Ints, experts: Ints, pairs: Pairs, calls: Ints, who: int, n_experts: int, allowance: float
-) -> list[Ints]:
-    """Return the pairs, least important first, that go when some experts of a device are emptied; for each choice."""
+    at: Ints,
+    bounds: Ints,
+    loaded: Ints,
+    experts: Ints,
+    pairs: Pairs,
+    may: Bools,
+    calls: Ints,
+    n_experts: int,
+    allowance: float,
+) -> dict[int, list[Ints]]:
+    """Return the pairs, least important first, that go when some experts of a device are emptied; for each choice.
+
+    Few experts can be: all their rows must be droppable, and affordable. To empty a device's only one is the end of its first ladder.
+
+    Returns:
+        By the number of the device in `loaded`, ascending; only devices that have a choice.
+    """
+    made = np.flatnonzero(calls)
+    several = np.bincount(made // n_experts) > 1
+    if not several.any():
+        return {}
+    out = ~pairs.keep_without(may)  # slots of pairs that may go
+    of_pair = pairs.importance.ravel()
+    if not pairs.lead.all():
+        of_pair, (slots, leads) = of_pair.copy(), pairs.further()
+        of_pair[slots] = of_pair[leads]
+    called = (pairs.device * n_experts + experts).ravel()
+    gone = np.bincount(called, out.ravel())
+    cost = np.bincount(called, of_pair * out.ravel())
+    # A margin for rounding: what is affordable is decided below, in the order of the pairs.
+    candidates = made[(gone == calls)[made] & (cost[made] <= allowance * (1 + 1e-6)) & several[made // n_experts]]
+    found: dict[int, list[Ints]] = {}
+    for who in np.unique(candidates // n_experts).tolist():
+        n = int(np.searchsorted(loaded, who))
+        these = candidates[candidates // n_experts == who] % n_experts
+        if firsts := _emptied_of(at[bounds[n] : bounds[n + 1]], these.tolist(), experts, pairs, allowance):
+            found[n] = firsts
+    return found
+
+
+def _emptied_of(mine: Ints, candidates: list[int], experts: Ints, pairs: Pairs, allowance: float) -> list[Ints]:
+    """Do the same for one device, of whose pairs and experts that can be emptied are given."""
     k = experts.shape[1]
-    of_device = calls[who * n_experts : (who + 1) * n_experts]
-    if len(mine) == 0 or int(np.count_nonzero(of_device)) == 1:
-        return []  # to empty the only one is the end of the first ladder
     token, slot = mine // k, mine % k
     in_pair = pairs.lead_of[token] == slot[:, None]  # [pairs, k]
     theirs = experts[token]
-    droppable_calls = np.bincount(theirs[in_pair], minlength=n_experts)
-    full = np.flatnonzero((of_device > 0) & (droppable_calls[: len(of_device)] == of_device))
     value = pairs.importance.ravel()[mine].astype(np.float64)
-    touches = {int(e): (in_pair & (theirs == e)).any(axis=1) for e in full}
+    touches = {e: (in_pair & (theirs == e)).any(axis=1) for e in candidates}
     cost = {e: float(value[touched].sum()) for e, touched in touches.items()}
     affordable = sorted((e for e in cost if cost[e] <= allowance), key=lambda e: cost[e])
     subsets: list[Sequence[int]] = [affordable[:n] for n in range(1, len(affordable) + 1)]
@@ -229,19 +262,18 @@ def _call_savings(
     model: LatencyModel,
 ) -> Times:
     """Return what each step saves of expert calls: those of c tokens become calls of c - 1."""
-    k = experts.shape[1]
     at, which = np.arange(len(item)), experts.ravel()[item]
-    if not pairs.lead.all():  # further experts of a pair
-        token, slot = item // k, item % k
-        for other in range(1, k):
+    some = np.flatnonzero(pairs.joined()[item])
+    if len(some):  # further experts of a pair
+        token, slot = np.divmod(item[some], experts.shape[1])
+        for other in range(1, experts.shape[1]):
             more = np.flatnonzero((pairs.lead_of[token, other] == slot) & (slot != other))
-            at, which = np.concatenate((at, more)), np.concatenate((which, experts[token[more], other]))
-        order = np.argsort(at, kind="stable")
-        at, which = at[order], which[order]
+            at, which = np.concatenate((at, some[more])), np.concatenate((which, experts[token[more], other]))
     group = ladder[at] * n_experts + which
     if (group[1:] < group[:-1]).any():
-        order = np.argsort(_small(group), kind="stable")
-        at, group = at[order], group[order]
+        keys = group << 32 | at  # numbers sort far sooner than what is sorted by them
+        keys.sort()
+        at, group = keys & 0xFFFFFFFF, keys >> 32
     # Of each group (ladder, expert): the first entry ends a call of all tokens, the next one of one less, and so on.
     begins = np.flatnonzero(np.concatenate(([True], group[1:] != group[:-1])))
     sizes = np.diff(np.append(begins, len(group)))
@@ -273,11 +305,6 @@ def _by_device(at: Ints, device: Ints, importance: Floats) -> Ints:
     keys |= at
     keys.sort()
     return keys & 0xFFFF
-
-
-def _small(keys: Ints) -> npt.NDArray[np.integer]:
-    """Return keys in the type that sorts fastest: numpy sorts 16 bits by radix."""
-    return keys.astype(np.int16) if len(keys) and int(keys.max()) < 1 << 15 else keys
 
 
 class _Search:

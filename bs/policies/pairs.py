@@ -28,12 +28,20 @@ class Pairs:
 
     def keep_without(self, drop: Bools) -> Bools:
         """Return [tokens, k] what is kept when the pairs of some leads are left out."""
-        keep = ~drop
-        for slot in range(1, keep.shape[1]):  # where a slot is no lead, its lead decides
-            tokens = np.flatnonzero(~self.lead[:, slot])
-            if len(tokens):
-                keep[tokens, slot] = ~drop[tokens, self.lead_of[tokens, slot]]
+        keep, (slots, leads) = ~drop, self.further()
+        keep.ravel()[slots] = keep.ravel()[leads]
         return keep
+
+    def further(self) -> tuple[Ints, Ints]:
+        """Return the slots that are no leads, and the lead of each: flat."""
+        slots = np.flatnonzero(~self.lead)
+        return slots, slots - slots % self.lead.shape[1] + self.lead_of.ravel()[slots]
+
+    def joined(self) -> Bools:
+        """Say of each slot, flat, whether it is the lead of a pair of several experts."""
+        joined = np.zeros(self.lead.size, np.bool_)
+        joined[self.further()[1]] = True
+        return joined
 
     def without_any(self, drop: Bools) -> Ints:
         """Return the tokens that would lose all their pairs."""

@@ -9,8 +9,17 @@ import numpy as np
 import numpy.typing as npt
 
 from wdmoe.bs.policies.options import Context, Latencies, Options, require
-from wdmoe.bs.policies.pairs import importance_of_one, kept_weights, plan_of_one, slot_importance, within_budget
-from wdmoe.bs.routing import Ints, Plan, Routing, pair_weights, pairs_used
+from wdmoe.bs.policies.pairs import (
+    Pairs,
+    importance_of_one,
+    kept_weights,
+    make_pairs,
+    plan_of_one,
+    slot_importance,
+    within_budget,
+)
+from wdmoe.bs.policies.pairs import droppable as droppable_pairs
+from wdmoe.bs.routing import Ints, Plan, Routing
 
 _GAIN, _NO_GAIN = "gain reached", "theta at its end"  # why the search stopped
 
@@ -47,21 +56,23 @@ def select_wlr(routing: Routing, owner: Ints, row_ms: Latencies, policy: Wlr, co
     if routing.experts.shape == (1, 2):
         return _one_token(routing, owner, row_ms, policy, context)
     importance = slot_importance(routing, policy, context)
-    pairs = pair_weights(Routing(routing.experts, importance), owner, len(row_ms))
-    used = pairs_used(routing.experts, np.ones(routing.experts.shape, np.bool_), owner, len(row_ms))
-    length = np.sqrt(np.add.reduce(pairs * pairs, axis=1))  # np.linalg.norm, without what it costs one token
-    similarity = (pairs @ row_ms) / (length * np.sqrt(row_ms.dot(row_ms)))
-    smallest = np.where(used, pairs, np.inf).argmin(axis=1)
-    droppable = used.sum(axis=1) > 1
+    pairs = make_pairs(owner[routing.experts], importance)
+    similarity = _similarity(pairs, row_ms)
+    droppable = droppable_pairs(pairs, protect=False)[:, 0]
+    smallest, minor = pairs.device[:, 0], pairs.importance[:, 0]
+    for slot in range(1, importance.shape[1]):
+        device, weight = pairs.device[:, slot], pairs.importance[:, slot]
+        less = pairs.lead[:, slot] & ((weight < minor) | ((weight == minor) & (device < smallest)))
+        smallest, minor = np.where(less, device, smallest), np.where(less, weight, minor)
     if policy.protect:
-        droppable &= owner[routing.experts[:, 0]] != smallest
-    weight_by_device, rows_by_device = pairs.sum(axis=0), used.sum(axis=0)
-    minor = pairs[np.arange(len(pairs)), smallest]
+        droppable &= pairs.device[:, 0] != smallest
+    weight_by_device = np.bincount(pairs.device.ravel(), pairs.importance.ravel(), len(row_ms))
+    rows_by_device = np.bincount(pairs.device.ravel(), pairs.lead.ravel(), len(row_ms)).astype(np.int64)
 
     start = _wlr(weight_by_device, rows_by_device, row_ms)
     n_droppable = int(np.count_nonzero(droppable))
     lowest = float(similarity[droppable].min()) if n_droppable else np.inf
-    drop, dropped, gained, step = np.zeros(len(pairs), np.bool_), 0, False, 0
+    drop, dropped, gained, step = np.zeros(len(minor), np.bool_), 0, False, 0
     while True:
         theta = min(1.0, policy.alpha + step * policy.step)
         if (theta >= lowest or theta >= 1.0) and dropped < n_droppable:  # else it is the same tokens as before
@@ -77,7 +88,9 @@ def select_wlr(routing: Routing, owner: Ints, row_ms: Latencies, policy: Wlr, co
             break
         step += 1
     drop = within_budget(drop, *policy.costs(minor, importance, context))
-    keep = ~(drop[:, None] & (owner[routing.experts] == smallest[:, None]))
+    keep = np.ones(importance.shape, np.bool_)
+    for slot in range(keep.shape[1]):
+        keep[:, slot] = ~(drop & (pairs.device[:, slot] == smallest))
     stopped = _GAIN if gained else _NO_GAIN
     return Plan(keep, kept_weights(routing, keep, policy.renormalise), theta, stopped)
 
@@ -103,6 +116,17 @@ def _one_token(routing: Routing, owner: Ints, row_ms: Latencies, policy: Wlr, co
     slot = 0 if minor == first else 1
     cost, allowance = policy.costs_of_one([importance[slot]], importance, context)
     return plan_of_one(routing, [slot] if cost[0] <= allowance else [], policy, theta, _GAIN if gained else _NO_GAIN)
+
+
+def _similarity(pairs: Pairs, row_ms: Latencies) -> Latencies:
+    """Return the cosine between each token's weights by device and the latencies of all devices: [tokens]."""
+    dot, square = np.zeros(len(pairs.device)), np.zeros(len(pairs.device), np.float32)
+    for slot in range(pairs.device.shape[1]):
+        weight = pairs.importance[:, slot]
+        dot += weight * row_ms[pairs.device[:, slot]]
+        square += weight * weight
+    similarity: Latencies = dot / (np.sqrt(square) * np.sqrt(row_ms.dot(row_ms)))
+    return similarity
 
 
 def _wlr(weight: npt.NDArray[np.floating], rows: Ints, row_ms: Latencies) -> float:
