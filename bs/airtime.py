@@ -140,6 +140,14 @@ def load_of(experts: Ints, keep: npt.NDArray[np.bool_], devices: Ints, n_experts
         n_experts: of a block.
         n_devices: number of devices.
     """
+    rows, made, tokens = count_calls(experts, keep, devices, n_experts, n_devices)
+    return Load(rows, made // n_experts, tokens)
+
+
+def count_calls(
+    experts: Ints, keep: npt.NDArray[np.bool_], devices: Ints, n_experts: int, n_devices: int
+) -> tuple[Ints, Ints, Ints]:
+    """Return the rows of each device, the calls that are made, each as device x n_experts + expert, and the tokens of each call."""
     calls = np.bincount((devices * n_experts + experts).ravel(), keep.ravel()).astype(np.int64)
     made = np.flatnonzero(calls)
     rows = np.bincount(made // n_experts, calls[made], n_devices).astype(np.int64)
@@ -150,7 +158,7 @@ def load_of(experts: Ints, keep: npt.NDArray[np.bool_], devices: Ints, n_experts
         tokens = np.flatnonzero(again & keep[:, slot])
         if len(tokens):
             rows -= np.bincount(devices[tokens, slot], minlength=n_devices)
-    return Load(rows, made // n_experts, calls[made])
+    return rows, made, calls[made]
 
 
 def makespan(load: Load, model: LatencyModel, order: Sequence[int] | Ints | None = None) -> BlockTime:
@@ -163,13 +171,19 @@ def makespan(load: Load, model: LatencyModel, order: Sequence[int] | Ints | None
     """
     if order is None and len(load.device) <= FEW:
         return _few_makespan(load, model)
-    compute_ms = load.compute_ms(model)
+    return finish_of(load.rows, load.compute_ms(model), model, order)
+
+
+def finish_of(
+    rows: Ints, compute_ms: Times, model: LatencyModel, order: Sequence[int] | Ints | None = None
+) -> BlockTime:
+    """Do what `makespan` does once it is known what each device computes: rows and compute_ms are [K]."""
     if model.medium == "shared":
-        return _shared_makespan(load.rows, compute_ms, model, order)
+        return _shared_makespan(rows, compute_ms, model, order)
     if model.medium == "pooled":
-        total_ms = pooled_ms(load.rows, compute_ms, model)
-        return BlockTime(total_ms, np.where(load.rows > 0, total_ms, 0.0))
-    finish_ms = np.where(load.rows > 0, 2 * model.way_ms + compute_ms + load.rows * model.row_air_ms, 0.0)
+        total_ms = pooled_ms(rows, compute_ms, model)
+        return BlockTime(total_ms, np.where(rows > 0, total_ms, 0.0))
+    finish_ms = np.where(rows > 0, 2 * model.way_ms + compute_ms + rows * model.row_air_ms, 0.0)
     return BlockTime(float(finish_ms.max(initial=0.0)), finish_ms)
 
 

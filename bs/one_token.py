@@ -6,6 +6,7 @@ read as arrays. What is decided is the same as for many tokens; tests compare th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -66,10 +67,10 @@ def block_ms(asked: Sequence[Asked], medium: Medium) -> float:
     if len(asked) == 1:  # has its link, the channel or the whole band to itself
         send, way, compute, back = asked[0]
         return send + 2 * way + compute + back
+    if len(asked) == 2 and medium != "own":
+        return (_two_on_channel if medium == "shared" else _two_in_band)(*asked)
     if medium == "pooled":
         return pooled_root([send + back for send, _, _, back in asked], [2 * way + c for _, way, c, _ in asked])
-    if medium == "shared" and len(asked) == 2:
-        return _two_on_channel(*asked)
     return max(few_finish_ms(asked, medium)[0])
 
 
@@ -83,6 +84,13 @@ def _two_on_channel(a: Asked, b: Asked) -> float:
         a, b, a_ready, b_ready = b, a, b_ready, a_ready
     a_end = max(sent, a_ready) + a[3]
     return max(a_end + a[1], max(a_end, b_ready) + b[3] + b[1])
+
+
+def _two_in_band(a: Asked, b: Asked) -> float:
+    """Return when two devices are done together in a band that is divided: see `airtime.pooled_root`."""
+    a_air, b_air = a[0] + a[3], b[0] + b[3]
+    a_ms, b_ms = 2 * a[1] + a[2] + a_air, 2 * b[1] + b[2] + b_air
+    return (a_ms + b_ms + math.sqrt((a_ms - b_ms) ** 2 + 4 * a_air * b_air)) / 2
 
 
 def devices_of(plan: Plan, routing: Routing, owner: Ints) -> list[int]:

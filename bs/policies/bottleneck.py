@@ -146,18 +146,17 @@ def _unload(
 
 
 def _load(experts: Ints, pairs: Pairs, drop: Bools | None, model: LatencyModel, n_experts: int) -> Load:
-    called = (pairs.device * n_experts + experts).ravel()
-    further = ~pairs.lead  # experts of a pair beside its first, for which no row travels
+    called, further = (pairs.device * n_experts + experts).ravel(), pairs.further
     if drop is None:
         calls = np.bincount(called)
     else:
-        keep = pairs.keep_without(drop)
-        further &= keep
-        calls = np.bincount(called, keep.ravel()).astype(np.int64)
+        keep = pairs.keep_without(drop).ravel()
+        further = further[keep[further]]
+        calls = np.bincount(called, keep).astype(np.int64)
     made = np.flatnonzero(calls)
     rows = np.bincount(made // n_experts, calls[made], model.n_devices).astype(np.int64)
-    if further.any():
-        rows -= np.bincount(pairs.device[further], minlength=model.n_devices)
+    if len(further):  # experts of a pair beside its first, for which no row travels
+        rows -= np.bincount(pairs.device.ravel()[further], minlength=model.n_devices)
     return Load(rows, made // n_experts, calls[made])
 
 

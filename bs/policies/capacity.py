@@ -17,7 +17,7 @@ from wdmoe.bs.policies.pairs import (
     spare_last,
     within_budget,
 )
-from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing
+from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing, small_ints
 
 OVERFLOW = ("drop", "next")
 
@@ -69,7 +69,7 @@ def _excess(pairs: Pairs, may: Bools, too_many: Ints) -> Bools:
     at = np.flatnonzero(may & (too_many > 0)[pairs.device])
     at = at[np.argsort(pairs.importance.ravel()[at], kind="stable")]
     device = pairs.device.ravel()[at]
-    by_device = np.argsort(device.astype(np.int32), kind="stable")
+    by_device = np.argsort(small_ints(device), kind="stable")
     at, device = at[by_device], device[by_device]
     rank = np.arange(len(at)) - np.searchsorted(device, device)  # among those of its device
     drop = np.zeros(may.size, np.bool_)
@@ -96,17 +96,19 @@ def _offer(
     # A token that loses several pairs offers them to its first, second, ... next expert.
     nth = each - np.searchsorted(tokens, tokens)
     n_others = others.shape[1] - routing.experts.shape[1]
-    if nth.any():
-        ranked = np.argsort(-others, axis=1, kind="stable")
-        stand_in = ranked[each, np.minimum(nth, max(0, n_others - 1))]
-    else:
-        stand_in = others.argmax(axis=1)
+    stand_in, left = np.empty(len(tokens), np.int64), each
+    for turn in range(int(nth.max(initial=-1)) + 1):
+        best = others[left].argmax(axis=1)
+        others[left, best] = -1.0
+        mine = nth[left] == turn
+        stand_in[left[mine]] = best[mine]
+        left = left[~mine]
     at_hand = nth < n_others
     # First come, first served, the most probable first; a device that is over its cap has no room at all.
     probability: Floats = context.probabilities[tokens, stand_in]
     order = np.argsort(-probability, kind="stable")
     order = order[at_hand[order]]
-    by_device = order[np.argsort(owner[stand_in[order]], kind="stable")]
+    by_device = order[np.argsort(small_ints(owner[stand_in[order]]), kind="stable")]
     device = owner[stand_in[by_device]]
     accepted = by_device[np.arange(len(device)) - np.searchsorted(device, device) < room[device]]
 

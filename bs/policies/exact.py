@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wdmoe.bs.policies.options import Context
-from wdmoe.bs.routing import Bools, Ints, Plan, Routing, everything
+from wdmoe.bs.routing import Bools, Ints, Plan, Routing, everything, small_ints
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Replicas:
             begin: which holder is first.
         """
         flat = experts.ravel()
-        order = np.argsort(flat, kind="stable")
+        order = np.argsort(small_ints(flat), kind="stable")
         counts = np.bincount(flat, minlength=len(self.count))
         turn = np.empty(len(flat), np.int64)
         turn[order] = np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-import numpy.typing as npt
 
 from wdmoe.bs.airtime import LatencyModel, Load, Times
 from wdmoe.bs.policies.pairs import Pairs
@@ -40,6 +39,7 @@ class Ladders:
     spent: Times  # [N], importance left out at this rung; infinite beyond the last
     alone_ms: Times  # [N], what the device takes by itself at this rung; -1 beyond the last
     step_importance: Times  # [N], of the next pair; 0 while experts are emptied, infinite at the last rung
+    most: float  # importance of a pair
 
     def bring_down(self, allowance: float, steps: int) -> Chosen:
         """Find the least time to which all devices can be brought for an allowance."""
@@ -74,8 +74,7 @@ class Ladders:
         """
         worth = value[self.device[base.ladder]]
         sizes = self.start[base.ladder + 1] - self.start[base.ladder] - 2
-        finite = self.step_importance[np.isfinite(self.step_importance)]
-        most = float(finite.max(initial=0.0)) * (1 + 1e-9) + 1e-300
+        most = self.most * (1 + 1e-9) + 1e-300
         search = _Search(self.start, np.minimum(self.step_importance, 2 * most), 3 * most)
 
         def rungs_at(price: float) -> Ints:
@@ -123,16 +122,24 @@ class Ladders:
 
     def _fill(self, ladder: Ints, rungs: Ints, worth: Times, left: float) -> Ints:
         """Use what is left of an allowance for single pairs, the one of the best price first."""
-        rungs = rungs.copy()
-        for _ in range(len(ladder)):
-            at = self.start[ladder] + rungs
-            cost = self.spent[at + 1] - self.spent[at]
-            price = np.where(cost <= left, cost / worth, np.inf)
+        rungs, at = rungs.copy(), self.start[ladder] + rungs
+        cost = self.spent[at + 1] - self.spent[at]
+        price = np.full(len(cost), np.inf)
+        np.divide(cost, worth, out=price, where=(cost <= left) & (worth > 0))
+        taken = 0
+        while taken < len(ladder):
             best = int(price.argmin())
             if not np.isfinite(price[best]):
                 break
-            left -= float(cost[best])
+            if (least := float(cost[best])) > left:
+                price[best] = np.inf  # for good: no more is left later
+                continue
+            left -= least
+            taken += 1
             rungs[best] += 1
+            at[best] += 1
+            cost[best] = self.spent[at[best] + 1] - self.spent[at[best]]
+            price[best] = cost[best] / worth[best]  # more than 0: it was taken
         return rungs
 
 
@@ -157,10 +164,11 @@ def make_ladders(
     at = _by_device(at, device[at], importance[at])
     loaded = np.flatnonzero(load.rows)
     bounds = np.searchsorted(device[at], np.append(loaded, model.n_devices))
-    calls = np.bincount((pairs.device * n_experts + experts).ravel())  # what each device is called for
+    called = (pairs.device * n_experts + experts).ravel()
+    calls = np.bincount(called)  # what each device is called for
 
     owner, lengths, item, emptying = loaded, np.diff(bounds), at, np.zeros(len(loaded), np.int64)
-    if emptied := _emptied(at, bounds, loaded, experts, pairs, may, calls, n_experts, allowance):
+    if emptied := _emptied(at, bounds, loaded, experts, pairs, may, called, calls, n_experts, allowance):
         pieces, done = [], 0
         for n, firsts in emptied.items():
             pieces.append(at[done : bounds[n + 1]])
@@ -168,7 +176,9 @@ def make_ladders(
             for first in firsts:
                 pieces += [first, mine[~np.isin(mine, first)]]
         item = np.concatenate((*pieces, at[done:]))
-        more = np.repeat([*emptied], [len(firsts) for firsts in emptied.values()])  # after the first ladder of the device
+        more = np.repeat(
+            [*emptied], [len(firsts) for firsts in emptied.values()]
+        )  # after the first ladder of the device
         sizes = [len(first) for firsts in emptied.values() for first in firsts]
         owner, lengths = (np.insert(array, more + 1, array[more]) for array in (owner, lengths))
         emptying = np.insert(emptying, more + 1, sizes)
@@ -191,7 +201,9 @@ def make_ladders(
     flat_ms[start[idle] + lengths[idle]] = 0.0
     flat_ms = np.maximum(flat_ms, 0.0)
     flat_ms[start[1:] - 1], spent[start[1:] - 1] = -1.0, np.inf
-    return Ladders(owner, np.searchsorted(owner, loaded), start, lead, spent, flat_ms, step_importance)
+    return Ladders(
+        owner, np.searchsorted(owner, loaded), start, lead, spent, flat_ms, step_importance, float(cost.max())
+    )
 
 
 def _emptied(
@@ -201,6 +213,7 @@ def _emptied(
     experts: Ints,
     pairs: Pairs,
     may: Bools,
+    called: Ints,
     calls: Ints,
     n_experts: int,
     allowance: float,
@@ -216,16 +229,16 @@ def _emptied(
     several = np.bincount(made // n_experts) > 1
     if not several.any():
         return {}
-    out = ~pairs.keep_without(may)  # slots of pairs that may go
+    stays = np.bincount(called, pairs.keep_without(may).ravel())  # calls of pairs that may not go
+    full = made[(stays[made] == 0) & several[made // n_experts]]
+    if len(full) == 0:
+        return {}
     of_pair = pairs.importance.ravel()
-    if not pairs.lead.all():
-        of_pair, (slots, leads) = of_pair.copy(), pairs.further()
-        of_pair[slots] = of_pair[leads]
-    called = (pairs.device * n_experts + experts).ravel()
-    gone = np.bincount(called, out.ravel())
-    cost = np.bincount(called, of_pair * out.ravel())
+    if len(pairs.further):
+        of_pair = of_pair.copy()
+        of_pair[pairs.further] = of_pair[pairs.their_lead]
     # A margin for rounding: what is affordable is decided below, in the order of the pairs.
-    candidates = made[(gone == calls)[made] & (cost[made] <= allowance * (1 + 1e-6)) & several[made // n_experts]]
+    candidates = full[np.bincount(called, of_pair)[full] <= allowance * (1 + 1e-6)]
     found: dict[int, list[Ints]] = {}
     for who in np.unique(candidates // n_experts).tolist():
         n = int(np.searchsorted(loaded, who))

@@ -7,15 +7,16 @@ block, by the latency model and with rows that tokens share counted, is done soo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import nlargest
 from itertools import product
 from math import prod
 
 import numpy as np
 
-from wdmoe.bs.airtime import Asked, LatencyModel, few_finish_ms, load_of
+from wdmoe.bs.airtime import FEW, Asked, LatencyModel, count_calls, few_finish_ms, finish_of
 from wdmoe.bs.one_token import Rows, asked_of, block_ms
 from wdmoe.bs.policies.exact import Replicas
-from wdmoe.bs.routing import Bools, Ints
+from wdmoe.bs.routing import Bools, Ints, everything
 
 _ALL = 16  # ways to ask for one token's experts that are tried; of more, one expert after another is moved
 _AGAIN = 512  # tokens, up to which rows that are dealt out evenly are a second beginning
@@ -103,14 +104,15 @@ class _Block:
         self._way_ms: list[float] = model.way_ms.tolist()
         self._down_ms: list[float] = model.down_ms.tolist()
         self._up_ms: list[float] = model.up_ms.tolist()
-        load = load_of(experts, np.ones(device.shape, np.bool_), device, n_experts, model.n_devices)
-        calls_ms = np.bincount(load.device, model.call_ms(load.device, load.tokens), model.n_devices)
-        self._rows: list[int] = load.rows.tolist()
+        rows, made, tokens = count_calls(experts, everything(*device.shape), device, n_experts, model.n_devices)
+        who, called = made // n_experts, made % n_experts
+        calls_ms = np.bincount(who, model.call_ms(who, tokens), model.n_devices)
+        self._rows: list[int] = rows.tolist()
         self._calls_ms: list[float] = calls_ms.tolist()
         self._calls: list[dict[int, int]] = [{} for _ in self._rows]
-        called = np.flatnonzero(np.bincount((device * n_experts + experts).ravel())) % n_experts
-        for k, expert, n in zip(load.device.tolist(), called.tolist(), load.tokens.tolist(), strict=True):
+        for k, expert, n in zip(who.tolist(), called.tolist(), tokens.tolist(), strict=True):
             self._calls[k][expert] = n
+        self._alone_ms = [self._time_alone(k) for k in range(len(self._rows))]
 
     def improve(self, moves: int, in_vain: int) -> float:
         """Move rows as long as the block is done sooner; return how long it takes then.
@@ -140,7 +142,11 @@ class _Block:
 
     def block_ms(self) -> float:
         """Predict the block; see `airtime.makespan`."""
-        return max(few_finish_ms([self._asked(k) for k in self.loaded()], self._model.medium)[0])
+        loaded = self.loaded()
+        if len(loaded) > FEW:
+            rows = np.array(self._rows)
+            return finish_of(rows, np.array(self._calls_ms) + rows * self._model.staging_ms, self._model).total_ms
+        return max(few_finish_ms([self._asked(k) for k in loaded], self._model.medium)[0])
 
     def loaded(self) -> list[int]:
         """Return the devices that have work."""
@@ -156,16 +162,18 @@ class _Block:
     def _call_ms(self, k: int, tokens: int) -> float:
         return float(self._model.tables[self._model.table[k], tokens]) * self._slowness[k]
 
-    def _alone_ms(self, k: int) -> float:
+    def _time_alone(self, k: int) -> float:
         return 2 * self._way_ms[k] + self._calls_ms[k] + self._rows[k] * self._row_ms(k) if self._rows[k] else 0.0
 
     def _best_move(self, useless: set[tuple[int, int, int]]) -> Move | None:
         """Take rows off the device that takes longest by itself and can be helped, so that it and who helps take least."""
-        alone_ms = [self._alone_ms(k) for k in range(len(self._rows))]
-        for source in sorted(self.loaded(), key=lambda k: -alone_ms[k])[:_SOURCES]:
+        alone_ms = self._alone_ms
+        for source in nlargest(_SOURCES, range(len(alone_ms)), key=alone_ms.__getitem__):
+            if not self._rows[source]:
+                break
             best, best_ms = None, alone_ms[source] * _GAIN
             for expert, calls in self._calls[source].items():
-                for target in sorted(self._replicas.of_expert(expert), key=lambda k: alone_ms[k])[:_TARGETS]:
+                for target in sorted(self._replicas.of_expert(expert), key=alone_ms.__getitem__)[:_TARGETS]:
                     if target == source or (expert, source, target) in useless or alone_ms[target] >= best_ms:
                         continue
                     for rows, ms in self._balanced(expert, calls, source, target, alone_ms):
@@ -207,7 +215,8 @@ class _Block:
         """
         if expert not in self._slots:
             slots = np.flatnonzero(self._experts.ravel() == expert)
-            self._slots[expert] = slots, slots - slots % self._experts.shape[1]
+            k = self._experts.shape[1]
+            self._slots[expert] = slots, slots & -k if k & (k - 1) == 0 else slots - slots % k
         slots, first = self._slots[expert]
         asked = self.device.ravel()
         here = asked[slots] == source
@@ -232,6 +241,7 @@ class _Block:
             self._calls_ms[k] += self._call_ms(k, had + by) - self._call_ms(k, had)
             if had + by == 0:
                 del self._calls[k][expert]
+            self._alone_ms[k] = self._time_alone(k)
         return before
 
     def _take_back(self, move: Move, before: tuple[int, int, float, float]) -> None:
@@ -241,3 +251,4 @@ class _Block:
             self._calls[k][expert] = self._calls[k].get(expert, 0) + by
             if self._calls[k][expert] == 0:
                 del self._calls[k][expert]
+            self._alone_ms[k] = self._time_alone(k)

@@ -25,22 +25,19 @@ class Pairs:
     lead_of: Ints  # [tokens, k], slot of the lead of each slot's pair
     lead: Bools  # [tokens, k], whether a slot is a lead
     importance: Floats  # [tokens, k], of the pair at its lead, 0 elsewhere
+    further: Ints  # slots that are no leads, flat
+    their_lead: Ints  # and the lead of each of them, flat
 
     def keep_without(self, drop: Bools) -> Bools:
         """Return [tokens, k] what is kept when the pairs of some leads are left out."""
-        keep, (slots, leads) = ~drop, self.further()
-        keep.ravel()[slots] = keep.ravel()[leads]
+        keep: Bools = np.logical_not(drop, order="C")
+        keep.ravel()[self.further] = keep.ravel()[self.their_lead]
         return keep
-
-    def further(self) -> tuple[Ints, Ints]:
-        """Return the slots that are no leads, and the lead of each: flat."""
-        slots = np.flatnonzero(~self.lead)
-        return slots, slots - slots % self.lead.shape[1] + self.lead_of.ravel()[slots]
 
     def joined(self) -> Bools:
         """Say of each slot, flat, whether it is the lead of a pair of several experts."""
         joined = np.zeros(self.lead.size, np.bool_)
-        joined[self.further()[1]] = True
+        joined[self.their_lead] = True
         return joined
 
     def without_any(self, drop: Bools) -> Ints:
@@ -84,7 +81,9 @@ def make_pairs(device: Ints, importance: Floats) -> Pairs:
         if len(tokens):
             total[tokens, lead_of[tokens, slot]] += importance[tokens, slot]
             total[tokens, slot] = 0
-    return Pairs(device, lead_of, lead, total)
+    further = np.flatnonzero(~lead)
+    their_lead = (further & -k if k & (k - 1) == 0 else further - further % k) + lead_of.ravel()[further]
+    return Pairs(device, lead_of, lead, total, further, their_lead)
 
 
 def droppable(pairs: Pairs, protect: bool) -> Bools:
@@ -96,7 +95,7 @@ def droppable(pairs: Pairs, protect: bool) -> Bools:
 
 def spare_last(pairs: Pairs, drop: Bools) -> Bools:
     """Give every token that would lose all its pairs its most important one back."""
-    lost = pairs.without_any(drop)
+    lost = pairs.without_any(drop) if drop[:, 0].any() else ()
     if len(lost):
         drop = drop.copy()
         drop[lost, pairs.importance[lost].argmax(axis=1)] = False

@@ -19,7 +19,7 @@ from wdmoe.bs.policies.pairs import (
     within_budget,
 )
 from wdmoe.bs.policies.pairs import droppable as droppable_pairs
-from wdmoe.bs.routing import Ints, Plan, Routing
+from wdmoe.bs.routing import Floats, Ints, Plan, Routing
 
 _GAIN, _NO_GAIN = "gain reached", "theta at its end"  # why the search stopped
 
@@ -59,14 +59,15 @@ def select_wlr(routing: Routing, owner: Ints, row_ms: Latencies, policy: Wlr, co
     pairs = make_pairs(owner[routing.experts], importance)
     similarity = _similarity(pairs, row_ms)
     droppable = droppable_pairs(pairs, protect=False)[:, 0]
-    smallest, minor = pairs.device[:, 0], pairs.importance[:, 0]
+    smallest: Ints = pairs.device[:, 0]
+    minor: Floats = pairs.importance[:, 0]
     for slot in range(1, importance.shape[1]):
         device, weight = pairs.device[:, slot], pairs.importance[:, slot]
         less = pairs.lead[:, slot] & ((weight < minor) | ((weight == minor) & (device < smallest)))
         smallest, minor = np.where(less, device, smallest), np.where(less, weight, minor)
     if policy.protect:
         droppable &= pairs.device[:, 0] != smallest
-    weight_by_device = np.bincount(pairs.device.ravel(), pairs.importance.ravel(), len(row_ms))
+    weight_by_device = np.bincount(pairs.device.ravel(), pairs.importance.ravel(), len(row_ms)).astype(np.float64)
     rows_by_device = np.bincount(pairs.device.ravel(), pairs.lead.ravel(), len(row_ms)).astype(np.int64)
 
     start = _wlr(weight_by_device, rows_by_device, row_ms)
@@ -81,15 +82,15 @@ def select_wlr(routing: Routing, owner: Ints, row_ms: Latencies, policy: Wlr, co
             before, dropped = dropped, int(np.count_nonzero(drop))
             if dropped != before:
                 where = smallest[drop]
-                weight = weight_by_device - np.bincount(where, minor[drop], len(row_ms))
+                left = weight_by_device - np.bincount(where, minor[drop], len(row_ms))
                 rows = rows_by_device - np.bincount(where, minlength=len(row_ms))
-                gained = _wlr(weight, rows, row_ms) > policy.gamma * start
+                gained = _wlr(left, rows, row_ms) > policy.gamma * start
         if gained or theta >= 1.0:
             break
         step += 1
     drop = within_budget(drop, *policy.costs(minor, importance, context))
     keep = np.ones(importance.shape, np.bool_)
-    for slot in range(keep.shape[1]):
+    for slot in range(importance.shape[1]):
         keep[:, slot] = ~(drop & (pairs.device[:, slot] == smallest))
     stopped = _GAIN if gained else _NO_GAIN
     return Plan(keep, kept_weights(routing, keep, policy.renormalise), theta, stopped)
