@@ -235,8 +235,10 @@ def pooled_root(air_ms: Sequence[float], fixed_ms: Sequence[float]) -> float:
         t_ms = max(t_ms, whole_ms + sum([air * fixed for air, fixed in on_air]) / whole_ms)
     while on_air:
         excess, slope = -1.0, 0.0
+        least_ms = 1e-12 * t_ms  # what is lost to rounding beside a long fixed time
         for air, fixed in on_air:
-            left_ms = max(t_ms - fixed, 1e-12 * t_ms)  # what is lost to rounding beside a long fixed time
+            if (left_ms := t_ms - fixed) < least_ms:
+                left_ms = least_ms
             share = air / left_ms
             excess += share
             slope += share / left_ms

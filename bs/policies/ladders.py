@@ -161,9 +161,9 @@ def make_ladders(
     if len(at) == 0:
         return None
     importance, device = pairs.importance.ravel(), pairs.device.ravel()
-    at = _by_device(at, device[at], importance[at])
+    at, each = _by_device(at, device[at], importance[at])
     loaded = np.flatnonzero(load.rows)
-    bounds = np.searchsorted(device[at], np.append(loaded, model.n_devices))
+    bounds = np.searchsorted(each, np.append(loaded, model.n_devices))
     called = (pairs.device * n_experts + experts).ravel()
     calls = np.bincount(called)  # what each device is called for
 
@@ -183,11 +183,12 @@ def make_ladders(
         owner, lengths = (np.insert(array, more + 1, array[more]) for array in (owner, lengths))
         emptying = np.insert(emptying, more + 1, sizes)
     start = np.concatenate(([0], np.cumsum(lengths + 2)))
-    ladder = np.repeat(np.arange(len(owner)), lengths)
-    place = np.arange(len(item)) + 2 * ladder  # of the step in [N]
+    number = np.arange(len(owner))
+    place = np.arange(len(item)) + np.repeat(2 * number, lengths)  # of the step in [N]
     cost = importance[item].astype(np.float64)
-    saved_ms = (model.row_air_ms + model.staging_ms)[owner][ladder]
-    saved_ms = saved_ms + _call_savings(item, ladder, owner, experts, pairs, calls, n_experts, model)
+    ladder = np.repeat(number, lengths)
+    saved_ms = np.repeat((model.row_air_ms + model.staging_ms)[owner], lengths)
+    saved_ms += _call_savings(item, ladder, owner, experts, pairs, calls, n_experts, model)
 
     n = int(start[-1])
     lead, step_importance = np.zeros(n, np.int64), np.full(n, np.inf)
@@ -275,14 +276,14 @@ def _call_savings(
     model: LatencyModel,
 ) -> Times:
     """Return what each step saves of expert calls: those of c tokens become calls of c - 1."""
-    at, which = np.arange(len(item)), experts.ravel()[item]
+    at, group = np.arange(len(item)), ladder * n_experts + experts.ravel()[item]
     some = np.flatnonzero(pairs.joined()[item])
     if len(some):  # further experts of a pair
         token, slot = np.divmod(item[some], experts.shape[1])
         for other in range(1, experts.shape[1]):
             more = np.flatnonzero((pairs.lead_of[token, other] == slot) & (slot != other))
-            at, which = np.concatenate((at, some[more])), np.concatenate((which, experts[token[more], other]))
-    group = ladder[at] * n_experts + which
+            theirs = ladder[some[more]] * n_experts + experts[token[more], other]
+            at, group = np.concatenate((at, some[more])), np.concatenate((group, theirs))
     if (group[1:] < group[:-1]).any():
         keys = group << 32 | at  # numbers sort far sooner than what is sorted by them
         keys.sort()
@@ -308,16 +309,17 @@ def _along(steps: Times, place: Ints, start: Ints, lengths: Ints) -> Times:
     return result
 
 
-def _by_device(at: Ints, device: Ints, importance: Floats) -> Ints:
-    """Sort flat indices by device, then by importance, then as they are."""
+def _by_device(at: Ints, device: Ints, importance: Floats) -> tuple[Ints, Ints]:
+    """Sort flat indices by device, then by importance, then as they are; return them, and the device of each."""
     if int(at[-1]) >= 1 << 16 or int(device.max()) >= 1 << 15:
-        return at[np.lexsort((importance, device))]
+        order = np.lexsort((importance, device))
+        return at[order], device[order]
     # In one number: those of a float32 that is not negative stand in the order of its bits.
     keys = device.astype(np.int64) << 48
     keys |= importance.astype(np.float32).view(np.int32).astype(np.int64) << 16
     keys |= at
     keys.sort()
-    return keys & 0xFFFF
+    return keys & 0xFFFF, keys >> 48
 
 
 class _Search:

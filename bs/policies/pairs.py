@@ -42,10 +42,10 @@ class Pairs:
 
     def without_any(self, drop: Bools) -> Ints:
         """Return the tokens that would lose all their pairs."""
-        some = self.lead[:, 0] & ~drop[:, 0]
+        tokens = np.flatnonzero(drop[:, 0])
         for slot in range(1, self.lead.shape[1]):
-            some |= self.lead[:, slot] & ~drop[:, slot]
-        return np.flatnonzero(~some)
+            tokens = tokens[drop[tokens, slot] | ~self.lead[tokens, slot]]
+        return tokens
 
 
 def slot_importance(routing: Routing, options: Options, context: Context) -> Floats:
@@ -72,18 +72,28 @@ def make_pairs(device: Ints, importance: Floats) -> Pairs:
     """
     k = device.shape[1]
     lead, lead_of = np.ones(device.shape, np.bool_), np.broadcast_to(np.arange(k), device.shape).copy()
-    total = importance.copy()
+    total = importance.ravel().copy()
+    further, their_lead = [], []
     for slot in range(1, k):  # column by column: numpy is slow along so short an axis
         for earlier in range(slot - 1, -1, -1):  # the first one found last
             tokens = np.flatnonzero(device[:, slot] == device[:, earlier])
-            lead_of[tokens, slot], lead[tokens, slot] = earlier, False
-        tokens = np.flatnonzero(~lead[:, slot])
-        if len(tokens):
-            total[tokens, lead_of[tokens, slot]] += importance[tokens, slot]
-            total[tokens, slot] = 0
-    further = np.flatnonzero(~lead)
-    their_lead = (further & -k if k & (k - 1) == 0 else further - further % k) + lead_of.ravel()[further]
-    return Pairs(device, lead_of, lead, total, further, their_lead)
+            lead_of[tokens, slot] = earlier
+        tokens = np.flatnonzero(lead_of[:, slot] != slot)
+        slots, leads = tokens * k + slot, tokens * k + lead_of[tokens, slot]
+        lead.ravel()[slots] = False
+        total[leads] += total[slots]
+        total[slots] = 0
+        further.append(slots)
+        their_lead.append(leads)
+    none = np.empty(0, np.int64)
+    return Pairs(
+        device,
+        lead_of,
+        lead,
+        total.reshape(importance.shape),
+        np.concatenate((none, *further)),
+        np.concatenate((none, *their_lead)),
+    )
 
 
 def droppable(pairs: Pairs, protect: bool) -> Bools:
@@ -95,7 +105,7 @@ def droppable(pairs: Pairs, protect: bool) -> Bools:
 
 def spare_last(pairs: Pairs, drop: Bools) -> Bools:
     """Give every token that would lose all its pairs its most important one back."""
-    lost = pairs.without_any(drop) if drop[:, 0].any() else ()
+    lost = pairs.without_any(drop)
     if len(lost):
         drop = drop.copy()
         drop[lost, pairs.importance[lost].argmax(axis=1)] = False
