@@ -46,16 +46,16 @@ class Ladders:
         top_ms = float(self.alone_ms[self.start[self.first]].max())
         descending = _Search(self.start, top_ms - self.alone_ms, top_ms + 2)
         low_ms, high_ms = 0.0, top_ms
+        beyond, at = descending.below(top_ms), descending.below(0.0)  # rungs of low_ms and of high_ms
         for _ in range(steps):
             t_ms = (low_ms + high_ms) / 2
-            spent = self.spent[descending.below(top_ms - t_ms)]
-            if np.minimum.reduceat(spent, self.first).sum() <= allowance:
-                high_ms = t_ms
+            between = descending.below(top_ms - t_ms)
+            if np.minimum.reduceat(self.spent[between], self.first).sum() <= allowance:
+                high_ms, at = t_ms, between
             else:
-                low_ms = t_ms
-            if high_ms - low_ms <= 1e-8 * high_ms:
+                low_ms, beyond = t_ms, between
+            if high_ms - low_ms <= 1e-8 * high_ms or int((beyond - at).sum()) <= 1:  # one rung, which is not affordable
                 break
-        at = descending.below(top_ms - high_ms)
         spent = self.spent[at]
         cheapest = np.minimum.reduceat(spent, self.first)
         group = np.repeat(np.arange(len(self.first)), np.diff(np.append(self.first, len(self.device))))

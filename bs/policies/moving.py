@@ -44,12 +44,16 @@ def move_rows(experts: Ints, owner: Ints, holders: Bools, model: LatencyModel) -
         return None if moved is None else np.array([moved], np.int64)
     replicas, few = Replicas.of(holders), len(experts) <= _AGAIN
     blocks = [_Block(experts, owner[experts], replicas, model)]
-    before_ms = blocks[0].block_ms()
+    before_ms = blocks[0].took_ms
     if few or len(blocks[0].loaded()) > _MANY:
         blocks.append(_Block(experts, replicas.device[replicas.deal(experts)], replicas, model))
-    best = min(blocks, key=lambda block: block.improve(*_MOVES) if few else block.block_ms())
-    took_ms = best.block_ms() if few else best.improve(*_MOVES_OF_MANY)
-    return best.device if took_ms < before_ms * _GAIN else None
+    if few:
+        for block in blocks:
+            block.improve(*_MOVES)
+    best = min(blocks, key=lambda block: block.took_ms)
+    if not few:
+        best.improve(*_MOVES_OF_MANY)
+    return best.device if best.took_ms < before_ms * _GAIN else None
 
 
 def move_token(experts: list[int], device: list[int], holders: Bools, model: Rows) -> list[int] | None:
@@ -113,23 +117,24 @@ class _Block:
         for k, expert, n in zip(who.tolist(), called.tolist(), tokens.tolist(), strict=True):
             self._calls[k][expert] = n
         self._alone_ms = [self._time_alone(k) for k in range(len(self._rows))]
+        self.took_ms = self.block_ms()
 
-    def improve(self, moves: int, in_vain: int) -> float:
-        """Move rows as long as the block is done sooner; return how long it takes then.
+    def improve(self, moves: int, in_vain: int) -> None:
+        """Move rows as long as the block is done sooner.
 
         Args:
             moves: to try at most.
             in_vain: of these, one after another, after which no more are tried.
         """
-        best_ms, useless = self.block_ms(), set[tuple[int, int, int]]()
+        useless = set[tuple[int, int, int]]()
         for _ in range(moves):
             move = self._best_move(useless)
             if move is None:
                 break
             (slots, stay, come), target = self._rows_to_move(*move), move[2]
             before = self._move(move, stay, come)
-            if (took_ms := self.block_ms()) < best_ms * _GAIN:
-                best_ms = took_ms
+            if (took_ms := self.block_ms()) < self.took_ms * _GAIN:
+                self.took_ms = took_ms
                 useless.clear()
                 self.device = self.device.copy()
                 self.device.ravel()[slots] = target
@@ -138,7 +143,6 @@ class _Block:
                 useless.add(move[:3])
                 if len(useless) == in_vain:
                     break
-        return best_ms
 
     def block_ms(self) -> float:
         """Predict the block; see `airtime.makespan`."""

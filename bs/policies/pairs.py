@@ -71,10 +71,11 @@ def make_pairs(device: Ints, importance: Floats) -> Pairs:
         importance: [tokens, k], of each slot.
     """
     k = device.shape[1]
-    lead, lead_of = np.ones(device.shape, np.bool_), np.broadcast_to(np.arange(k), device.shape).copy()
+    lead, lead_of = np.ones(device.shape, np.bool_), np.zeros(device.shape, np.int64)
     total = importance.ravel().copy()
     further, their_lead = [], []
     for slot in range(1, k):  # column by column: numpy is slow along so short an axis
+        lead_of[:, slot] = slot
         for earlier in range(slot - 1, -1, -1):  # the first one found last
             tokens = np.flatnonzero(device[:, slot] == device[:, earlier])
             lead_of[tokens, slot] = earlier
