@@ -28,7 +28,7 @@ Ints = npt.NDArray[np.int64]
 Curve = tuple[tuple[int, float], ...]
 Asked = tuple[float, float, float, float]  # of one device: request on the air, one way, computing, reply on the air; ms
 Row = tuple[float, float, float, float, float]  # down, one way, an expert call with it alone, staging, up; ms
-FEW = 16  # expert calls, up to which plain numbers are faster than arrays
+FEW = 16  # expert calls, or loaded devices, up to which plain numbers are faster than arrays
 _MANY = 64  # devices, beyond which arrays are faster in solving for one number
 
 # own: each device its link or share of the band. shared: one half-duplex channel. pooled: one band that is divided

@@ -19,13 +19,13 @@ from wdmoe.bs import one_token
 from wdmoe.bs.airtime import BlockTime, Ints, LatencyModel, Load, Medium, Times, latency_model, load_of, makespan
 from wdmoe.bs.allocation import per_block, with_shares
 from wdmoe.bs.latency import DeviceLatency
-from wdmoe.bs.one_token import RowModel, Rows
+from wdmoe.bs.one_token import RowModel, RowTimes
 from wdmoe.bs.policies import Bottleneck, Capacity, Context, Policy, RoundRobin, Sensitivity, Wlr, select
 from wdmoe.bs.policies.exact import select_exact
 from wdmoe.bs.routing import Bools, Floats, Plan, Routing, softmax
 
 _NO_TIMES: Times = np.empty(0)
-_TIMED = (Wlr, Capacity, Bottleneck)  # tuples: to make a union takes longer than the question
+_TIMED = (Wlr, Capacity, Bottleneck)  # tuples: to make a union for each decision takes longer than to ask
 _DEALING = (RoundRobin, Bottleneck)
 
 
@@ -89,7 +89,7 @@ def context_of(
     )
 
 
-def model_of(latencies: Sequence[DeviceLatency], tokens: int, medium: Medium) -> Rows:
+def model_of(latencies: Sequence[DeviceLatency], tokens: int, medium: Medium) -> RowTimes:
     """Return what is known of the devices, in the form that is sooner for so many tokens."""
     return RowModel(latencies, medium) if tokens == 1 else latency_model(latencies, tokens, medium=medium)
 
@@ -104,11 +104,10 @@ def choose(routing: Routing, owner: Ints, policy: Policy, context: Context) -> P
         context: what is known of the block; its model is needed where the policy looks at times.
     """
     model = context.model
-    if model is None or not isinstance(policy, Wlr | Capacity):
-        return select(routing, owner, _NO_TIMES, policy, context)
-    if len(routing.experts) == 1:
-        times_ms = row_times(routing, owner, model) if isinstance(policy, Wlr) else _NO_TIMES
-        return select(routing, owner, times_ms, policy, context)
+    if model is None or len(routing.experts) == 1 or not isinstance(policy, Wlr | Capacity):
+        return select(
+            routing, owner, _NO_TIMES, policy, context
+        )  # one token is told no row times: they would change nothing
     assert isinstance(model, LatencyModel)
     best = plan = select(routing, owner, row_times(routing, owner, model), policy, context)
     if policy.rounds == 1 or model.medium != "pooled":
@@ -127,7 +126,7 @@ def choose(routing: Routing, owner: Ints, policy: Policy, context: Context) -> P
     return best
 
 
-def decide(routing: Routing, owner: Ints, policy: Policy, context: Context, model: Rows) -> Decision:
+def decide(routing: Routing, owner: Ints, policy: Policy, context: Context, model: RowTimes) -> Decision:
     """Select for one block, and say how the air is used and how long it takes.
 
     Args:
@@ -164,22 +163,12 @@ def pairs_of_model(plan: Plan, routing: Routing, owner: Ints, n_devices: int) ->
     return int(load_of_plan(everything, routing, owner, n_devices).rows.sum())
 
 
-def row_times(routing: Routing, owner: Ints, model: Rows) -> Times:
+def row_times(routing: Routing, owner: Ints, model: LatencyModel) -> Times:
     """Predict the time of one row on each device at the load of the model's own top-k; of an idle one, of a single row.
 
     Returns:
         [n_devices] milliseconds.
     """
-    if len(routing.experts) == 1:
-        # A row with one expert call on each device, but where the token has several experts.
-        rows_ms = [model.row(k) for k in range(model.n_devices)]
-        times_ms = [2 * way + call + staging + (down + up) for down, way, call, staging, up in rows_ms]
-        asked = owner[routing.experts[0]].tolist()
-        for k in set(asked):
-            if (n := asked.count(k)) > 1:
-                times_ms[k] -= 2 * rows_ms[k][1] * (1 - 1 / n)
-        return np.array(times_ms)
-    assert isinstance(model, LatencyModel)
     counts = np.bincount(routing.experts.ravel(), minlength=len(owner))
     rows = np.bincount(owner, counts, model.n_devices)
     calls_ms = np.bincount(owner, model.call_ms(owner, counts), model.n_devices)

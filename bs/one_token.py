@@ -1,7 +1,8 @@
 """One token of one block in plain numbers: what generation asks for all the time, and what arrays are slow for.
 
 A token has few experts on few devices, so only these devices are looked at, and nothing is put into an array but what others
-read as arrays. What is decided is the same as for many tokens; tests compare the two.
+read as arrays. What is decided is the same as for many tokens, and tests compare the two; only `bottleneck` does better here, as it
+can try everything.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ class RowModel:
         return known
 
 
-Rows = RowModel | LatencyModel  # either tells what a row takes
+RowTimes = RowModel | LatencyModel  # either tells what a row takes
 
 
-def asked_of(k: int, calls: int, model: Rows) -> Asked:
+def asked_of(k: int, calls: int, model: RowTimes) -> Asked:
     """Return what one row with some expert calls of one token takes; see `airtime.few_finish_ms`."""
     down_ms, way_ms, call_ms, staging_ms, up_ms = model.row(k)
     return down_ms, way_ms, calls * call_ms + staging_ms, up_ms
@@ -102,7 +103,7 @@ def devices_of(plan: Plan, routing: Routing, owner: Ints) -> list[int]:
     return devices
 
 
-def time_of(plan: Plan, devices: Sequence[int], model: Rows) -> tuple[Load, BlockTime, Times | None]:
+def time_of(plan: Plan, devices: Sequence[int], model: RowTimes) -> tuple[Load, BlockTime, Times | None]:
     """Return what a plan asks of the devices, how long the block takes, and the shares of a band that is divided.
 
     Args:

@@ -82,29 +82,10 @@ def small_ints(keys: Ints) -> npt.NDArray[np.integer]:
 
 @lru_cache(maxsize=64)
 def everything(tokens: int, k: int) -> Bools:
-    """Return True [tokens, k], to be read only: making it takes as long as all else that is done for a token."""
+    """Return True [tokens, k], to be read only: for one token making it takes as long as all else that `exact` does."""
     keep = np.ones((tokens, k), np.bool_)
     keep.flags.writeable = False
     return keep
-
-
-def pair_weights(routing: Routing, owner: Ints, n_devices: int) -> Floats:
-    """Sum the weights of each token's experts by device.
-
-    Args:
-        routing: of one block.
-        owner: [n_experts], the device of each expert.
-        n_devices: number of devices.
-
-    Returns:
-        [tokens, n_devices]; the entry of a pair (token, device) that is not used is 0.
-    """
-    devices = owner[routing.experts]
-    total = np.zeros((len(devices), n_devices), np.float32)
-    token = np.arange(len(devices))
-    for slot in range(devices.shape[1]):  # at most k additions, none of which meet
-        total[token, devices[:, slot]] += routing.weights[:, slot]
-    return total
 
 
 def pairs_used(experts: Ints, keep: Bools, owner: Ints, n_devices: int) -> Bools:

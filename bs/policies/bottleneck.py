@@ -18,7 +18,7 @@ from itertools import combinations
 import numpy as np
 
 from wdmoe.bs.airtime import LatencyModel, Load, linear_model, makespan
-from wdmoe.bs.one_token import Rows, asked_of, block_ms
+from wdmoe.bs.one_token import RowTimes, asked_of, block_ms
 from wdmoe.bs.policies.ladders import Chosen, make_ladders
 from wdmoe.bs.policies.moving import move_rows, move_token
 from wdmoe.bs.policies.options import Context, Latencies, Options
@@ -138,7 +138,7 @@ def _unload(
         chosen = ladders.spend(ladders.top(), value, allowance, _STEPS)
         t_ms, air_ms = weigh(chosen)
     # By price alone the air is used as little as the budget allows: on a shared channel no plan can beat that.
-    if (t_ms > _NEAR * air_ms) if model.medium == "shared" else ladders.may_empty:
+    if (t_ms > _NEAR * air_ms) if model.medium == "shared" else (ladders.may_empty or air_ms == 0):
         for share in _SHARES:
             base = ladders.bring_down(share * allowance, _STEPS)
             weigh(ladders.spend(base, value, allowance, _STEPS))
@@ -160,7 +160,7 @@ def _load(experts: Ints, pairs: Pairs, drop: Bools | None, model: LatencyModel, 
     return Load(rows, made // n_experts, calls[made])
 
 
-def _one_token(routing: Routing, owner: Ints, model: Rows, policy: Bottleneck, context: Context) -> Plan:
+def _one_token(routing: Routing, owner: Ints, model: RowTimes, policy: Bottleneck, context: Context) -> Plan:
     """Move a token's rows, then try all ways to leave out some of its least important pairs, in plain numbers."""
     experts: list[int] = routing.experts[0].tolist()
     device: list[int] = owner[routing.experts[0]].tolist()

@@ -96,13 +96,13 @@ def _offer(
     # A token that loses several pairs offers them to its first, second, ... next expert.
     nth = each - np.searchsorted(tokens, tokens)
     n_others = others.shape[1] - routing.experts.shape[1]
-    stand_in, left = np.empty(len(tokens), np.int64), each
+    stand_in, waiting = np.empty(len(tokens), np.int64), each
     for turn in range(int(nth.max(initial=-1)) + 1):
-        best = others[left].argmax(axis=1)
-        others[left, best] = -1.0
-        mine = nth[left] == turn
-        stand_in[left[mine]] = best[mine]
-        left = left[~mine]
+        best = others[waiting].argmax(axis=1)
+        others[waiting, best] = -1.0
+        mine = nth[waiting] == turn
+        stand_in[waiting[mine]] = best[mine]
+        waiting = waiting[~mine]
     at_hand = nth < n_others
     # First come, first served, the most probable first; a device that is over its cap has no room at all.
     probability: Floats = context.probabilities[tokens, stand_in]

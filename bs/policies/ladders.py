@@ -46,7 +46,8 @@ class Ladders:
         top_ms = float(self.alone_ms[self.start[self.first]].max())
         descending = _Search(self.start, top_ms - self.alone_ms, top_ms + 2)
         low_ms, high_ms = 0.0, top_ms
-        beyond, at = descending.below(top_ms), descending.below(0.0)  # rungs of low_ms and of high_ms
+        # Rungs of low_ms, which nobody can afford, and of high_ms.
+        beyond, at = self.start[1:] - 1, descending.below(0.0)
         for _ in range(steps):
             t_ms = (low_ms + high_ms) / 2
             between = descending.below(top_ms - t_ms)
@@ -73,6 +74,8 @@ class Ladders:
             steps: of the bisection.
         """
         worth = value[self.device[base.ladder]]
+        if not worth.any():
+            return base
         sizes = self.start[base.ladder + 1] - self.start[base.ladder] - 2
         most = self.most * (1 + 1e-9) + 1e-300
         search = _Search(self.start, np.minimum(self.step_importance, 2 * most), 3 * most)
@@ -176,10 +179,9 @@ def make_ladders(
             for first in firsts:
                 pieces += [first, mine[~np.isin(mine, first)]]
         item = np.concatenate((*pieces, at[done:]))
-        more = np.repeat(
-            [*emptied], [len(firsts) for firsts in emptied.values()]
-        )  # after the first ladder of the device
+        more = np.repeat([*emptied], [len(firsts) for firsts in emptied.values()])
         sizes = [len(first) for firsts in emptied.values() for first in firsts]
+        # Further ladders stand after the first one of their device.
         owner, lengths = (np.insert(array, more + 1, array[more]) for array in (owner, lengths))
         emptying = np.insert(emptying, more + 1, sizes)
     start = np.concatenate(([0], np.cumsum(lengths + 2)))
@@ -193,8 +195,8 @@ def make_ladders(
     n = int(start[-1])
     lead, step_importance = np.zeros(n, np.int64), np.full(n, np.inf)
     lead[place], step_importance[place] = item, cost
-    for n_ladder in np.flatnonzero(emptying).tolist():
-        step_importance[start[n_ladder] : start[n_ladder] + emptying[n_ladder]] = 0.0
+    for one in np.flatnonzero(emptying).tolist():
+        step_importance[start[one] : start[one] + emptying[one]] = 0.0
     alone_ms = (2 * model.way_ms + load.compute_ms(model) + load.rows * model.row_air_ms)[owner]
     flat_ms = np.repeat(alone_ms, lengths + 2) - _along(saved_ms, place, start, lengths)
     spent = _along(cost, place, start, lengths)
@@ -284,7 +286,7 @@ def _call_savings(
             more = np.flatnonzero((pairs.lead_of[token, other] == slot) & (slot != other))
             theirs = ladder[some[more]] * n_experts + experts[token[more], other]
             at, group = np.concatenate((at, some[more])), np.concatenate((group, theirs))
-    if (group[1:] < group[:-1]).any():
+    if len(some) or (group[1:] < group[:-1]).any():
         keys = group << 32 | at  # numbers sort far sooner than what is sorted by them
         keys.sort()
         at, group = keys & 0xFFFFFFFF, keys >> 32

@@ -14,7 +14,7 @@ from math import prod
 import numpy as np
 
 from wdmoe.bs.airtime import FEW, Asked, LatencyModel, count_calls, few_finish_ms, finish_of
-from wdmoe.bs.one_token import Rows, asked_of, block_ms
+from wdmoe.bs.one_token import RowTimes, asked_of, block_ms
 from wdmoe.bs.policies.exact import Replicas
 from wdmoe.bs.routing import Bools, Ints, everything
 
@@ -39,9 +39,6 @@ def move_rows(experts: Ints, owner: Ints, holders: Bools, model: LatencyModel) -
     """
     if int(np.count_nonzero(holders)) == len(holders):
         return None
-    if len(experts) == 1:
-        moved = move_token(experts[0].tolist(), owner[experts[0]].tolist(), holders, model)
-        return None if moved is None else np.array([moved], np.int64)
     replicas, few = Replicas.of(holders), len(experts) <= _AGAIN
     blocks = [_Block(experts, owner[experts], replicas, model)]
     before_ms = blocks[0].took_ms
@@ -56,8 +53,8 @@ def move_rows(experts: Ints, owner: Ints, holders: Bools, model: LatencyModel) -
     return best.device if best.took_ms < before_ms * _GAIN else None
 
 
-def move_token(experts: list[int], device: list[int], holders: Bools, model: Rows) -> list[int] | None:
-    """Do the same for one token in plain numbers.
+def move_token(experts: list[int], device: list[int], holders: Bools, model: RowTimes) -> list[int] | None:
+    """Do the same for one token in plain numbers, and try everything while there are few ways.
 
     Args:
         experts: [k].
@@ -66,11 +63,8 @@ def move_token(experts: list[int], device: list[int], holders: Bools, model: Row
         model: of the devices.
     """
     may = []
-    for expert, k in zip(experts, device, strict=True):
-        holding = holders[expert].nonzero()[0].tolist()
-        if len(holding) > 1:
-            holding.remove(k)
-        may.append([k, *holding] if holding != [k] else holding)
+    for expert, owner in zip(experts, device, strict=True):
+        may.append([owner, *[k for k in holders[expert].nonzero()[0].tolist() if k != owner]])
     ways = prod(map(len, may))
     if ways == 1:
         return None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from wdmoe.bs.one_token import Rows
+from wdmoe.bs.one_token import RowTimes
 from wdmoe.bs.routing import Bools, Floats
 
 Latencies = npt.NDArray[np.float64]
@@ -30,7 +30,7 @@ class Context:
     """What a policy may know of a block beside the routing; what is not known is None."""
 
     block: int = 0
-    model: Rows | None = None  # of the devices; None: `row_ms` is all that is known
+    model: RowTimes | None = None  # of the devices; None: `row_ms` is all that is known
     norms: Floats | None = None  # [n_experts], calibrated mean norm of each expert's output in this block
     holders: Bools | None = None  # [n_experts, n_devices], who has each expert; None: its owner alone
     probabilities: Floats | None = None  # [tokens, n_experts], the router's, over all experts
@@ -112,7 +112,8 @@ class Options:
         if self.loss == math.inf:
             return pairs, self.allowance(sum(importance), context.block)
         known = self._calibrated(context)
-        return [known.nats * pair * pair for pair in pairs], self.loss * known.share
+        nats = np.float32(known.nats)
+        return [float(nats * np.float32(pair) * np.float32(pair)) for pair in pairs], self.loss * known.share
 
     def _calibrated(self, context: Context) -> Sensitivity:
         known = (context.sensitivity or {}).get(self.importance)

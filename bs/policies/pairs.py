@@ -176,8 +176,11 @@ def pairs_of_one(devices: Sequence[int], importance: Sequence[float]) -> tuple[d
     if len(slots) == len(devices):
         return slots, list(importance)
     of_pair = [0.0] * len(devices)
-    for mine in slots.values():
-        of_pair[mine[0]] = sum([importance[slot] for slot in mine])
+    for first, *others in slots.values():
+        total = importance[first]
+        for slot in others:
+            total = float(np.float32(total + importance[slot]))  # rounded as for many
+        of_pair[first] = total
     return slots, of_pair
 
 

@@ -52,7 +52,7 @@ def select_ser(routing: Routing, policy: Ser, context: Context) -> Plan:
     """Leave experts out one by one: one that shares its device with a kept one saves compute but no bytes."""
     if len(routing.experts) == 1:
         few = importance_of_one(routing, policy, context)
-        least = policy.t * few[0]
+        least = np.float32(policy.t) * np.float32(few[0])  # rounded as for many
         out = [slot for slot in range(policy.k_min, len(few)) if few[slot] <= least]
         return plan_of_one(routing, affordable_of_one(out, *policy.costs_of_one(few, few, context)), policy)
     importance = slot_importance(routing, policy, context)

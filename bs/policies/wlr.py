@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +13,7 @@ from wdmoe.bs.policies.pairs import (
     importance_of_one,
     kept_weights,
     make_pairs,
+    pairs_of_one,
     plan_of_one,
     slot_importance,
     within_budget,
@@ -53,12 +53,12 @@ def select_wlr(routing: Routing, owner: Ints, row_ms: Latencies, policy: Wlr, co
     sits on fast devices, and the minor pair can go cheaply. Each theta starts again from the model's top-k, so a
     token loses at most its smallest pair. WLR = sum over devices of (weights of their pairs) / (rows x row_ms).
     """
-    if routing.experts.shape == (1, 2):
-        return _one_token(routing, owner, row_ms, policy, context)
+    if len(routing.experts) == 1:
+        return _one_token(routing, owner, policy, context)
     importance = slot_importance(routing, policy, context)
     pairs = make_pairs(owner[routing.experts], importance)
     similarity = _similarity(pairs, row_ms)
-    droppable = droppable_pairs(pairs, protect=False)[:, 0]
+    droppable = droppable_pairs(pairs, protect=False)[:, 0]  # slot 0 is always a lead: of tokens with several pairs
     smallest: Ints = pairs.device[:, 0]
     minor: Floats = pairs.importance[:, 0]
     for slot in range(1, importance.shape[1]):
@@ -96,27 +96,18 @@ def select_wlr(routing: Routing, owner: Ints, row_ms: Latencies, policy: Wlr, co
     return Plan(keep, kept_weights(routing, keep, policy.renormalise), theta, stopped)
 
 
-def _one_token(routing: Routing, owner: Ints, row_ms: Latencies, policy: Wlr, context: Context) -> Plan:
-    """Do the same for one token of two experts in plain numbers: theta grows until its minor pair may go."""
+def _one_token(routing: Routing, owner: Ints, policy: Wlr, context: Context) -> Plan:
+    """Do the same for one token in plain numbers: its minor pair goes.
+
+    That never raises a WLR in which every device has one row at most, so that theta runs to its end, whatever the latencies.
+    """
     importance = importance_of_one(routing, policy, context)
-    first, second = owner[routing.experts[0]].tolist()
-    minor = min((first, second), key=lambda k: (importance[0 if k == first else 1], k))
-    if first == second or (policy.protect and minor == first):
-        return plan_of_one(routing, [], policy, 1.0, _NO_GAIN)
-    times_ms: list[float] = row_ms.tolist()
-    (a, b), (a_ms, b_ms) = importance, (times_ms[first], times_ms[second])
-    stays, whole = (a / a_ms if minor == second else b / b_ms), a / a_ms + b / b_ms
-    theta, gained = 1.0, stays > policy.gamma * whole
-    if gained:
-        all_ms = math.sqrt(sum([ms * ms for ms in times_ms]))
-        similarity = (a * a_ms + b * b_ms) / (math.sqrt(a * a + b * b) * all_ms)
-        step, theta = 0, min(1.0, policy.alpha)
-        while theta < min(similarity, 1.0):
-            step += 1
-            theta = min(1.0, policy.alpha + step * policy.step)
-    slot = 0 if minor == first else 1
-    cost, allowance = policy.costs_of_one([importance[slot]], importance, context)
-    return plan_of_one(routing, [slot] if cost[0] <= allowance else [], policy, theta, _GAIN if gained else _NO_GAIN)
+    slots, of_pair = pairs_of_one(owner[routing.experts[0]].tolist(), importance)
+    minor = min(slots, key=lambda device: (of_pair[slots[device][0]], device))
+    lead = slots[minor][0]
+    cost, allowance = policy.costs_of_one([of_pair[lead]], importance, context)
+    stays = len(slots) == 1 or (policy.protect and lead == 0) or cost[0] > allowance
+    return plan_of_one(routing, () if stays else slots[minor], policy, 1.0, _NO_GAIN)
 
 
 def _similarity(pairs: Pairs, row_ms: Latencies) -> Latencies:

@@ -70,7 +70,9 @@ _USUAL_FLOATS = 1 << 20  # of a run's larger arrays
 @click.option(
     "--json", "target", type=click.Path(dir_okay=False, allow_dash=True), help="Keep the result; - prints it."
 )
-@click.option("--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="Of the decisions.")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="More of them decide oftener."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--simulation/--no-simulation", default=True, show_default=True, help="Time the simulator as well.")
 def main(target: str | None, repeats: int, seed: int, simulation: bool) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from wdmoe.bs.policies import AUTO_LOSS, Bottleneck, Exact, Wlr, parse_policy, resolve_auto, select
-from wdmoe.bs.routing import Routing, pair_weights, pairs_used, route
+from wdmoe.bs.routing import Routing, pairs_used, route
 
 OWNER = np.array([0, 0, 1, 1, 2, 2, 3, 3])
 
@@ -97,11 +97,6 @@ def test_wlr_says_why_it_stopped() -> None:
     chosen = routing(30, 4)
     assert select(chosen, OWNER, np.ones(4), Wlr(gamma=100.0)).stopped == "theta at its end"
     assert select(chosen, OWNER, np.ones(4), Wlr(alpha=1.0, gamma=1.0)).stopped is not None
-
-
-def test_pair_weights_add_experts_of_one_device() -> None:
-    chosen = Routing(np.array([[0, 1, 7]]), np.array([[0.5, 0.3, 0.2]], np.float32))
-    np.testing.assert_allclose(pair_weights(chosen, OWNER, 4), [[0.8, 0, 0, 0.2]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

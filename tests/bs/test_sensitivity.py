@@ -74,12 +74,22 @@ def test_bottleneck_with_a_loss_is_near_the_best_of_all_plans(medium: Medium) ->
     assert could_gain > 10
 
 
-def test_a_loss_needs_a_calibration_and_sense() -> None:
-    routing = route(np.zeros((3, 4), np.float32), 2, normalise=True)
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("owner", [np.arange(4), np.zeros(4, np.int64)])
+@pytest.mark.parametrize("name", ["bottleneck", "wlr", "ser", "top-cut"])
+def test_a_loss_needs_a_calibration(name: str, owner: np.ndarray, tokens: int) -> None:
+    routing = route(np.zeros((tokens, 4), np.float32), 2, normalise=True)
     with pytest.raises(
-        ValueError, match=r"bottleneck:loss=0\.01: this bundle was not calibrated .* run wdmoe-bs calibrate"
+        ValueError, match=rf"{name}:loss=0\.01: this bundle was not calibrated .* run wdmoe-bs calibrate"
     ):
-        select(routing, np.arange(4), np.ones(4), parse_policy("bottleneck:loss=0.01"))
+        select(routing, owner, np.ones(4), parse_policy(f"{name}:loss=0.01"))
+    with pytest.raises(ValueError, match="2 budgets, but there is a block 5"):
+        select(routing, owner, np.ones(4), parse_policy(f"{name}:budget=0.1/0.2"), Context(5))
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_loss_needs_a_calibration_of_its_importance_and_sense(tokens: int) -> None:
+    routing = route(np.zeros((tokens, 4), np.float32), 2, normalise=True)
     with pytest.raises(ValueError, match="importance=norm"):
         known = Context(norms=np.ones(4, np.float32), sensitivity={"weight": Sensitivity(1.0, 1.0)})
         select(routing, np.arange(4), np.ones(4), parse_policy("ser:loss=0.01,importance=norm"), known)
