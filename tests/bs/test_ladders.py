@@ -17,9 +17,9 @@ from wdmoe.bs.routing import route
 @pytest.mark.parametrize("tokens", [2, 4, 30])
 def test_each_rung_takes_what_is_left_on_the_device(tokens: int, top_k: int) -> None:
     walked = 0
-    for seed in range(25):
+    for seed in range(60):
         rng = np.random.default_rng(seed)
-        n_devices, n_experts = int(rng.integers(1, 4)), 6
+        n_devices, n_experts = int(rng.integers(1, 4)), top_k + int(rng.integers(0, 3))
         owner, model = rng.integers(0, n_devices, n_experts), random_model(rng, n_devices, "own")
         routing = route(rng.standard_normal((tokens, n_experts)).astype(np.float32), top_k, normalise=True)
         device = owner[routing.experts]
