@@ -26,6 +26,7 @@ from wdmoe.bs.routing import Bools, Floats, Plan, Routing, softmax
 
 _NO_TIMES: Times = np.empty(0)
 _TIMED = (Wlr, Capacity, Bottleneck)  # tuples: to make a union for each decision takes longer than to ask
+_BY_ROW_TIME = (Wlr, Capacity)
 _DEALING = (RoundRobin, Bottleneck)
 
 
@@ -104,10 +105,9 @@ def choose(routing: Routing, owner: Ints, policy: Policy, context: Context) -> P
         context: what is known of the block; its model is needed where the policy looks at times.
     """
     model = context.model
-    if model is None or len(routing.experts) == 1 or not isinstance(policy, Wlr | Capacity):
-        return select(
-            routing, owner, _NO_TIMES, policy, context
-        )  # one token is told no row times: they would change nothing
+    # For one token no row time would change what `wlr` and `capacity` do.
+    if model is None or len(routing.experts) == 1 or not isinstance(policy, _BY_ROW_TIME):
+        return select(routing, owner, _NO_TIMES, policy, context)
     assert isinstance(model, LatencyModel)
     best = plan = select(routing, owner, row_times(routing, owner, model), policy, context)
     if policy.rounds == 1 or model.medium != "pooled":

@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("onnxruntime")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from scripts.bench.engine_cpu import time_over_floor
+
 BENCH = Path(__file__).parents[1] / "scripts" / "bench" / "engine_cpu.py"
+
+
+def test_calls_are_held_against_the_reading_of_their_turn() -> None:
+    # 10 MB an expert: at 1, 2 and 4 GB/s in 10, 5 and 2.5 ms; calls of 15, 10 and 5 ms on average.
+    calls_ms = [14.0, 16.0, 9.0, 11.0, 4.0, 6.0]
+    assert time_over_floor(calls_ms, [1.0, 2.0, 4.0], 10e6) == pytest.approx(2.0)
+    assert time_over_floor(calls_ms[:2], [1.0], 10e6) == pytest.approx(1.5)
 
 
 @pytest.mark.slow
@@ -28,6 +38,6 @@ def test_small_experts_are_measured_and_a_missed_bar_is_an_exit_code() -> None:
     assert fp16["rss_bytes"] > 2 * 3 * 1024 * 3584 * 4  # held as float32
     assert 0 < int4["rss_bytes"] < fp16["rss_bytes"] / 2
     assert result["int4_time_over_floor"] == int4["time_over_floor"]
-    assert int4["call_p05_ms"] / 3 < int4["time_over_floor"] * int4["floor_ms"] < 3 * int4["call_p95_ms"]
+    assert int4["time_over_floor"] > 0
     assert int4["floor_ms"] == pytest.approx(int4["packed_bytes"] / 2 / int4["read_gb_per_s"] / 1e6)
     assert 1 <= int4["attempts"] <= 4 and int4["disturbed"] == (int4["others_cpu_share"] > 0.05)

@@ -39,7 +39,7 @@ class Ladders:
     spent: Times  # [N], importance left out at this rung; infinite beyond the last
     alone_ms: Times  # [N], what the device takes by itself at this rung; -1 beyond the last
     step_importance: Times  # [N], of the next pair; 0 while experts are emptied, infinite at the last rung
-    most: float  # importance of a pair
+    most: float  # that a pair counts
 
     def bring_down(self, allowance: float, steps: int) -> Chosen:
         """Find the least time to which all devices can be brought for an allowance."""

@@ -174,7 +174,7 @@ class _Block:
                 for target in sorted(self._replicas.of_expert(expert), key=alone_ms.__getitem__)[:_TARGETS]:
                     if target == source or (expert, source, target) in useless or alone_ms[target] >= best_ms:
                         continue
-                    for rows, ms in self._balanced(expert, calls, source, target, alone_ms):
+                    for rows, ms in self._balanced(expert, calls, source, target):
                         if ms < best_ms:
                             best, best_ms = (expert, source, target, rows), ms
             if best is not None:
@@ -183,14 +183,12 @@ class _Block:
                 return None  # the block is done no sooner
         return None
 
-    def _balanced(
-        self, expert: int, calls: int, source: int, target: int, alone_ms: list[float]
-    ) -> list[tuple[int, float]]:
+    def _balanced(self, expert: int, calls: int, source: int, target: int) -> list[tuple[int, float]]:
         """Return how many rows of an expert might move, and what the slower of both then takes; each row for itself."""
         there = self._calls[target].get(expert, 0)
         idle_ms = 0.0 if self._rows[target] else 2 * self._way_ms[target]
-        from_ms = alone_ms[source] - self._call_ms(source, calls)
-        to_ms = alone_ms[target] + idle_ms - self._call_ms(target, there)
+        from_ms = self._alone_ms[source] - self._call_ms(source, calls)
+        to_ms = self._alone_ms[target] + idle_ms - self._call_ms(target, there)
 
         def both_ms(n: int) -> tuple[float, float]:
             return (

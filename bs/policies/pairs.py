@@ -203,7 +203,7 @@ def plan_of_one(
     stopped: str | None = None,
     devices: Ints | None = None,
 ) -> Plan:
-    """Make the plan that leaves out some slots of one token."""
+    """Make the plan that leaves out some slots of one token, but not all."""
     shape = routing.experts.shape
     if not out:
         return Plan(everything(*shape), routing.weights, theta, stopped, devices=devices)
@@ -212,7 +212,7 @@ def plan_of_one(
         keep[0, slot] = False
     if shape[1] > 2:
         return Plan(keep, kept_weights(routing, keep, options.renormalise), theta, stopped, devices=devices)
-    # The same for two experts, to the bit: of float32, no more is left of the one that is kept than its weight.
+    # Of two one is kept: what `kept_weights` does, to the bit, without arrays.
     weights, stays = np.zeros(shape, np.float32), 1 - out[0]
     left = routing.weights[0, stays]
     whole = routing.weights[0, 0] + routing.weights[0, 1]

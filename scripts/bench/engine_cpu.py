@@ -6,8 +6,9 @@ A device with two experts of random weights, exported as fp16 and as int4, each 
 that process grew by, resident, from before the engine was loaded to after a call of each expert. The floor of a call is the
 packed bytes of an expert over the rate at which as many threads as the engine has read memory that is as large as all its
 experts; calls and readings take turns, and what counts is the median over the turns of time over floor: the rate of a machine
-that others share comes and goes. Where others took more than a twentieth of the processors, it is measured again. Bars: fp16 <= 1.35 x the bytes as float32 (what ONNX Runtime computes with), int4 <= 1.35 x
-the packed bytes, one token with int4 <= 1.5 x the floor. Exit code 1 if one is missed.
+that others share comes and goes. Where others took more than a twentieth of the processors, it is measured again. Bars: fp16
+<= 1.35 x the bytes as float32 (what ONNX Runtime computes with), int4 <= 1.35 x the packed bytes, one token with int4 <= 1.5 x
+the floor. Exit code 1 if one is missed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -129,7 +131,6 @@ def measure(folder: Path, threads: int, calls: int) -> dict[str, Any]:
         once()
         (call_ms, gb_per_s), disturbance = undisturbed(once, _ATTEMPTS)
     rate, expert_bytes = float(np.median(gb_per_s)), packed_bytes / len(manifest.experts)
-    turns = np.array(call_ms).reshape(-1, len(manifest.experts)).mean(axis=1)  # one call of each expert, then a reading
     return {
         "rss_bytes": after_bytes - before_bytes,
         "packed_bytes": packed_bytes,
@@ -139,9 +140,21 @@ def measure(folder: Path, threads: int, calls: int) -> dict[str, Any]:
         "read_gb_per_s": rate,
         "read_p95_gb_per_s": float(np.percentile(gb_per_s, 95)),
         "floor_ms": expert_bytes / rate / 1e6,
-        "time_over_floor": float(np.median(turns * np.array(gb_per_s) * 1e6 / expert_bytes)),
+        "time_over_floor": time_over_floor(call_ms, gb_per_s, expert_bytes),
         **disturbance,
     }
+
+
+def time_over_floor(call_ms: Sequence[float], gb_per_s: Sequence[float], expert_bytes: float) -> float:
+    """Return the median over the turns of what a call took over what reading an expert takes at the rate of that turn.
+
+    Args:
+        call_ms: of one turn after the other, the same number in each.
+        gb_per_s: read in each turn.
+        expert_bytes: that a call reads.
+    """
+    turns_ms = np.array(call_ms).reshape(len(gb_per_s), -1).mean(axis=1)
+    return float(np.median(turns_ms * np.array(gb_per_s) * 1e6 / expert_bytes))
 
 
 def describe(found: dict[str, Any]) -> str:

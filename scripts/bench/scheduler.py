@@ -71,7 +71,11 @@ _USUAL_FLOATS = 1 << 20  # of a run's larger arrays
     "--json", "target", type=click.Path(dir_okay=False, allow_dash=True), help="Keep the result; - prints it."
 )
 @click.option(
-    "--repeats", type=click.IntRange(min=1), default=20, show_default=True, help="More of them decide oftener."
+    "--repeats",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    help="Each routing is decided ten times as often for one token, a quarter as often for 4,096.",
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--simulation/--no-simulation", default=True, show_default=True, help="Time the simulator as well.")

@@ -110,7 +110,7 @@ def test_it_loses_what_it_would_among_others(name: str, top_k: int, protect: str
             np.testing.assert_array_equal(one.weights[0], two.weights[0])
             assert (one.theta, one.stopped) == (two.theta, two.stopped)
             lost += not one.keep.all()
-    assert lost or top_k < 3
+    assert lost or top_k == 1 or (top_k == 2 and "n=2" in name)  # where nothing can go
 
 
 def test_ties_go_as_among_others() -> None:
