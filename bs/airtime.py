@@ -210,8 +210,8 @@ def pooled_ms(rows: Ints, compute_ms: Times, model: LatencyModel) -> float:
     """Return the block time when the band is divided so that all finish together, at rates linear in bandwidth.
 
     A device that needs air_k with the whole band and has until T - fixed_k to use it needs the share
-    air_k / (T - fixed_k). Where these sum to one T is found; the sum falls with T, so Newton from the left is safe: it
-    is convex, so that no step passes the root.
+    air_k / (T - fixed_k). Where these sum to one T is found. One over that sum is concave in T (a harmonic mean of what
+    is linear) and nearly straight: Newton on it, from the left, takes few steps, and none passes the root.
     """
     loaded = rows > 0
     air_ms: list[float] = (rows * model.row_air_ms)[loaded].tolist()
@@ -244,7 +244,7 @@ def pooled_root(air_ms: Sequence[float], fixed_ms: Sequence[float]) -> float:
             slope += share / left_ms
         if excess <= 0:  # one that needs no air is done last: the others have time to spare
             break
-        step_ms = excess / slope
+        step_ms = excess * (1 + excess) / slope
         t_ms += step_ms
         if step_ms <= 1e-13 * t_ms:
             break
@@ -262,7 +262,7 @@ def _pooled_root_of_many(air_ms: Times, fixed_ms: Times) -> float:
         excess = float(shares.sum()) - 1
         if excess <= 0:
             return t_ms
-        step_ms = excess / float((shares / left_ms).sum())
+        step_ms = excess * (1 + excess) / float((shares / left_ms).sum())
         t_ms += step_ms
         if step_ms <= 1e-13 * t_ms:
             return t_ms

@@ -149,7 +149,9 @@ def decide(routing: Routing, owner: Ints, policy: Policy, context: Context, mode
 
 
 def load_of_plan(plan: Plan, routing: Routing, owner: Ints, n_devices: int) -> Load:
-    """Count what a plan asks of each device."""
+    """Count what a plan asks of each device, if its policy did not."""
+    if plan.load is not None:
+        return plan.load
     experts = routing.experts if plan.experts is None else plan.experts
     asked = owner[experts] if plan.devices is None else plan.devices
     return load_of(experts, plan.keep, asked, len(owner), n_devices)

@@ -23,7 +23,7 @@ from wdmoe.bs.routing import Plan, Routing
 from wdmoe.profiles.device_profile import interpolate
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every token and block, and that would take twice as long
 class RowModel:
     """What one row takes on each device: `airtime.latency_model`, of which only what is asked for is worked out."""
 
@@ -111,19 +111,38 @@ def time_of(plan: Plan, devices: Sequence[int], model: RowTimes) -> tuple[Load, 
         devices: who is asked for each expert; see `devices_of`.
         model: of the devices, on the medium that counts.
     """
-    calls = sorted([k for k, kept in zip(devices, plan.keep[0].tolist(), strict=True) if kept])
+    calls = tuple(sorted([k for k, kept in zip(devices, plan.keep[0].tolist(), strict=True) if kept]))
     loaded = list(dict.fromkeys(calls))
     asked = [asked_of(k, calls.count(k), model) for k in loaded]
     n, medium = model.n_devices, model.medium
-    load = Load(_of_each(loaded, [1] * len(loaded), n, np.int64), np.array(calls, np.int64), _ones(len(calls)))
+    load = _load_of(calls, n)
     if medium == "pooled":
         air_ms = [send + back for send, _, _, back in asked]
         parts, total_ms = finish_together(air_ms, [2 * way + compute for _, way, compute, _ in asked])
         finish_ms = _of_each(loaded, [total_ms] * len(loaded), n)
         return load, BlockTime(total_ms, finish_ms), _of_each(loaded, parts, n)
     done_ms, turns = few_finish_ms(asked, medium)
-    order = np.array([loaded[turn] for turn in turns], np.int64) if medium == "shared" else None
+    order = _in_order(tuple([loaded[turn] for turn in turns])) if medium == "shared" else None
     return load, BlockTime(max(done_ms, default=0.0), _of_each(loaded, done_ms, n), order), None
+
+
+@lru_cache(maxsize=4096)  # a token's devices come again and again, and three arrays take longer than all else here
+def _load_of(calls: tuple[int, ...], n: int) -> Load:
+    """Return a row for each device that is called, and the calls, ascending, of one token each."""
+    loaded = list(dict.fromkeys(calls))
+    load = Load(
+        _of_each(loaded, [1] * len(loaded), n, np.int64), np.array(calls, np.int64), np.ones(len(calls), np.int64)
+    )
+    for array in (load.rows, load.device, load.tokens):
+        array.flags.writeable = False
+    return load
+
+
+@lru_cache(maxsize=4096)
+def _in_order(devices: tuple[int, ...]) -> Ints:
+    order = np.array(devices, np.int64)
+    order.flags.writeable = False
+    return order
 
 
 def _of_each(devices: Sequence[int], values: Sequence[float], n: int, kind: type = np.float64) -> npt.NDArray[Any]:
@@ -132,10 +151,3 @@ def _of_each(devices: Sequence[int], values: Sequence[float], n: int, kind: type
     for k, value in zip(devices, values, strict=True):
         every[k] = value
     return every
-
-
-@lru_cache(maxsize=64)
-def _ones(n: int) -> Ints:
-    ones = np.ones(n, np.int64)
-    ones.flags.writeable = False
-    return ones

@@ -8,9 +8,12 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from wdmoe.bs.airtime import Load
+
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+_SHORT = 32  # experts, up to which numpy finds the largest far sooner down columns than along rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Plan:
     stopped: str | None = None  # and why it stopped there
     experts: Ints | None = None  # [tokens, k], where the policy asks for others than the model chose
     devices: Ints | None = None  # [tokens, k], where it asks others than the owners: who is asked for each expert
+    load: Load | None = None  # where the policy has counted it: what all this asks of each device
 
     def dropped_mass(self, routing: Routing) -> float:
         """Return the gate weight of what the model chose and the plan does not ask for."""
@@ -59,7 +63,9 @@ def route(router_logits: Floats, top_k: int, normalise: bool) -> Routing:
 
 def softmax(router_logits: Floats) -> Floats:
     """Return the router's probabilities over all experts, [tokens, n_experts]."""
-    shifted = np.exp(router_logits - router_logits.max(axis=1, keepdims=True))
+    short = router_logits.shape[1] <= _SHORT
+    most = router_logits.T.copy().max(axis=0)[:, None] if short else router_logits.max(axis=1, keepdims=True)
+    shifted = np.exp(router_logits - most)
     probabilities: Floats = shifted / shifted.sum(axis=1, keepdims=True)
     return probabilities
 

@@ -23,7 +23,9 @@ from wdmoe.bs.policies.ladders import Chosen, make_ladders
 from wdmoe.bs.policies.moving import move_rows, move_token
 from wdmoe.bs.policies.options import Context, Latencies, Options
 from wdmoe.bs.policies.pairs import (
+    Calls,
     Pairs,
+    calls_of,
     droppable,
     importance_of_one,
     make_pairs,
@@ -71,93 +73,91 @@ def _leave_out(
     pairs = make_pairs(device, importance)
     costs, allowance = policy.costs(pairs.importance, importance, context)
     pairs = replace(pairs, importance=costs)
-    drop = unload(routing.experts, pairs, droppable(pairs, policy.protect), allowance, model, n_experts)
-    return plan_without(routing, pairs, drop, policy)
+    calls = calls_of(routing.experts, device, n_experts, model.n_devices)
+    unloaded = unload(calls, pairs, droppable(pairs, policy.protect), allowance, model)
+    return replace(plan_without(routing, pairs, unloaded.drop, policy), load=unloaded.load)
 
 
-def unload(experts: Ints, pairs: Pairs, may: Bools, allowance: float, model: LatencyModel, n_experts: int) -> Bools:
-    """Return the leads of the pairs to leave out, [tokens, k].
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """What is left out of a block, and what is left."""
+
+    drop: Bools  # [tokens, k], leads
+    load: Load
+    took_ms: float  # of the block, or on own links of its slowest device; predicted
+
+
+def unload(calls: Calls, pairs: Pairs, may: Bools, allowance: float, model: LatencyModel) -> Unloaded:
+    """Choose the leads of the pairs to leave out.
 
     Args:
-        experts: [tokens, k].
+        calls: of the block.
         pairs: of the block.
         may: [tokens, k], leads that may be left out, each by itself.
         allowance: for the sum of their importance.
         model: of the devices.
-        n_experts: of a block.
     """
-    if len(may) > _AGAIN:
-        return spare_last(pairs, _unload(experts, pairs, may, allowance, model, n_experts)[0])
-    best, best_ms = np.zeros(may.shape, np.bool_), np.inf
-    for _ in range(2):
-        found, found_ms = _unload(experts, pairs, may, allowance, model, n_experts)
-        lost = pairs.without_any(found)
+    best: Unloaded | None = None
+    for _ in range(2 if len(may) <= _AGAIN else 1):
+        found = _unload(calls, pairs, may, allowance, model)
+        lost = pairs.without_any(found.drop) if len(may) <= _AGAIN else ()
         if len(lost):
             # Tokens that would lose all their pairs get the most important back, and it is no longer on offer.
             back = pairs.importance[lost].argmax(axis=1)
-            may = may.copy()
-            may[lost, back] = found[lost, back] = False
-            found_ms = makespan(_load(experts, pairs, found, model, n_experts), model).total_ms
-        if found_ms < best_ms:
-            best, best_ms = found, found_ms
+            may, drop = may.copy(), found.drop.copy()
+            may[lost, back] = drop[lost, back] = False
+            left = calls.load(pairs, drop)
+            found = Unloaded(drop, left, makespan(left, model).total_ms)
+        if best is None or found.took_ms < best.took_ms:
+            best = found
         if len(lost) == 0:
             break
+    assert best is not None
     return best
 
 
-def _unload(
-    experts: Ints, pairs: Pairs, may: Bools, allowance: float, model: LatencyModel, n_experts: int
-) -> tuple[Bools, float]:
-    nothing = np.zeros(may.shape, np.bool_)
-    load = _load(experts, pairs, None, model, n_experts)
-    full = makespan(load, model)
-    ladders = make_ladders(experts, pairs, may, load, model, allowance, n_experts) if allowance > 0 else None
-    if ladders is None:
-        return nothing, full.total_ms
-    if model.medium == "own":
+def _unload(calls: Calls, pairs: Pairs, may: Bools, allowance: float, model: LatencyModel) -> Unloaded:
+    load, many = calls.load(pairs), len(may) > _AGAIN
+    ladders = make_ladders(calls, pairs, may, load, model, allowance) if allowance > 0 else None
+
+    def without(chosen: Chosen) -> tuple[Bools, Load]:
+        assert ladders is not None
+        drop = ladders.drop(chosen, may.shape)
+        drop = spare_last(pairs, drop) if many else drop
+        return drop, calls.load(pairs, drop)
+
+    if ladders is not None and model.medium == "own":
         chosen = ladders.bring_down(allowance, _STEPS)
-        return ladders.drop(chosen, may.shape), ladders.slowest_ms(chosen)
-    best, best_ms = nothing, full.total_ms
+        return Unloaded(*without(chosen), ladders.slowest_ms(chosen))
+    best = Unloaded(np.zeros(may.shape, np.bool_), load, makespan(load, model).total_ms)
+    if ladders is None:
+        return best
 
     def weigh(chosen: Chosen) -> tuple[float, float]:
         """Take what is chosen if it is the best so far; return its block time, and all time on the air."""
-        nonlocal best, best_ms
-        drop = ladders.drop(chosen, may.shape)
-        left = _load(experts, pairs, drop, model, n_experts)
+        nonlocal best
+        drop, left = without(chosen)
         took_ms = makespan(left, model).total_ms
-        if took_ms < best_ms * (1 - 1e-9):
-            best, best_ms = drop, took_ms
+        if took_ms < best.took_ms * (1 - 1e-9):
+            best = Unloaded(drop, left, took_ms)
         return took_ms, float((left.rows * model.row_air_ms).sum())
 
-    compute_ms = load.compute_ms(model)
-    t_ms = full.total_ms
-    for _ in range(_ROUNDS if model.medium == "pooled" and len(may) <= _AGAIN else 1):
+    t_ms, fixed_ms = best.took_ms, 2 * model.way_ms + load.compute_ms(model)
+    for _ in range(_ROUNDS if model.medium == "pooled" and not many else 1):
         value = model.row_air_ms
         if model.medium == "pooled":
-            value = value / np.maximum(t_ms - 2 * model.way_ms - compute_ms, 1e-6 * t_ms)
+            value = value / np.maximum(t_ms - fixed_ms, 1e-6 * t_ms)
         chosen = ladders.spend(ladders.top(), value, allowance, _STEPS)
         t_ms, air_ms = weigh(chosen)
+    wired = bool((model.row_air_ms[load.rows > 0] == 0).any())  # some device has no part in what is divided
     # By price alone the air is used as little as the budget allows: on a shared channel no plan can beat that.
-    if (t_ms > _NEAR * air_ms) if model.medium == "shared" else (ladders.may_empty or air_ms == 0):
+    if (t_ms > _NEAR * air_ms) if model.medium == "shared" else (ladders.may_empty or wired or air_ms == 0):
         for share in _SHARES:
             base = ladders.bring_down(share * allowance, _STEPS)
+            if wired:
+                weigh(base)
             weigh(ladders.spend(base, value, allowance, _STEPS))
-    return best, best_ms
-
-
-def _load(experts: Ints, pairs: Pairs, drop: Bools | None, model: LatencyModel, n_experts: int) -> Load:
-    called, further = (pairs.device * n_experts + experts).ravel(), pairs.further
-    if drop is None:
-        calls = np.bincount(called)
-    else:
-        keep = pairs.keep_without(drop).ravel()
-        further = further[keep[further]]
-        calls = np.bincount(called, keep).astype(np.int64)
-    made = np.flatnonzero(calls)
-    rows = np.bincount(made // n_experts, calls[made], model.n_devices).astype(np.int64)
-    if len(further):  # experts of a pair beside its first, for which no row travels
-        rows -= np.bincount(pairs.device.ravel()[further], minlength=model.n_devices)
-    return Load(rows, made // n_experts, calls[made])
+    return best
 
 
 def _one_token(routing: Routing, owner: Ints, model: RowTimes, policy: Bottleneck, context: Context) -> Plan:

@@ -10,11 +10,13 @@ from wdmoe.bs.policies.exact import select_exact
 from wdmoe.bs.policies.options import Context, Latencies, Options, require
 from wdmoe.bs.policies.pairs import (
     Pairs,
+    by_device,
     droppable,
     make_pairs,
     plan_without,
     slot_importance,
     spare_last,
+    sums,
     within_budget,
 )
 from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing, small_ints
@@ -67,11 +69,8 @@ def select_capacity(routing: Routing, owner: Ints, row_ms: Latencies, policy: Ca
 def _excess(pairs: Pairs, may: Bools, too_many: Ints) -> Bools:
     """Choose the least important pairs of each device that has too many."""
     at = np.flatnonzero(may & (too_many > 0)[pairs.device])
-    at = at[np.argsort(pairs.importance.ravel()[at], kind="stable")]
-    device = pairs.device.ravel()[at]
-    by_device = np.argsort(small_ints(device), kind="stable")
-    at, device = at[by_device], device[by_device]
-    rank = np.arange(len(at)) - np.searchsorted(device, device)  # among those of its device
+    at, device = by_device(at, pairs.device.ravel()[at], pairs.importance.ravel()[at], ends=at[:0])
+    rank = _rank(device, len(too_many))  # among those of its device
     drop = np.zeros(may.size, np.bool_)
     drop[at[rank < too_many[device]]] = True
     return drop.reshape(may.shape)
@@ -108,9 +107,9 @@ def _offer(
     probability: Floats = context.probabilities[tokens, stand_in]
     order = np.argsort(-probability, kind="stable")
     order = order[at_hand[order]]
-    by_device = order[np.argsort(small_ints(owner[stand_in[order]]), kind="stable")]
-    device = owner[stand_in[by_device]]
-    accepted = by_device[np.arange(len(device)) - np.searchsorted(device, device) < room[device]]
+    order = order[np.argsort(small_ints(owner[stand_in[order]]), kind="stable")]
+    device = owner[stand_in[order]]
+    accepted = order[_rank(device, len(room)) < room[device]]
 
     keep = pairs.keep_without(drop)
     experts, weights = routing.experts.copy(), np.where(keep, routing.weights, np.float32(0))
@@ -120,7 +119,14 @@ def _offer(
     weights[tokens[accepted], slots[accepted]] = probability[accepted] * scale[tokens[accepted]]
     keep[tokens[accepted], slots[accepted]] = True
     if policy.renormalise:
-        left = weights.sum(axis=1, keepdims=True)
+        left = sums(weights)
         left[left == 0] = 1
-        weights *= routing.weights.sum(axis=1, keepdims=True) / left
+        weights *= (sums(routing.weights) / left)[:, None]
     return Plan(keep, weights.astype(np.float32), experts=experts)
+
+
+def _rank(device: Ints, n_devices: int) -> Ints:
+    """Count, of entries sorted by device, which one of its device each is."""
+    counts = np.bincount(device, minlength=n_devices)
+    rank: Ints = np.arange(len(device)) - (np.cumsum(counts) - counts)[device]
+    return rank

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heapreplace
 from itertools import combinations
 
 import numpy as np
 
 from wdmoe.bs.airtime import LatencyModel, Load, Times
-from wdmoe.bs.policies.pairs import Pairs
-from wdmoe.bs.routing import Bools, Floats, Ints
+from wdmoe.bs.policies.pairs import Calls, Pairs, by_device
+from wdmoe.bs.routing import Bools, Ints
 
+_HINT_FROM = 2048  # rungs, from which it is sooner to count first about where an allowance ends
+_PLACES = 1024  # of such a count
+_NOBODY = np.empty(0, np.int64)
 _ALL_SUBSETS = 3  # experts that a device may be rid of in all combinations; of more, only in the order of their cost
 
 
@@ -44,19 +48,23 @@ class Ladders:
     def bring_down(self, allowance: float, steps: int) -> Chosen:
         """Find the least time to which all devices can be brought for an allowance."""
         top_ms = float(self.alone_ms[self.start[self.first]].max())
-        descending = _Search(self.start, top_ms - self.alone_ms, top_ms + 2)
+        descent_ms = top_ms - self.alone_ms
+        search = _Search(self.start, descent_ms, top_ms + 2)
         low_ms, high_ms = 0.0, top_ms
         # Rungs of low_ms, which nobody can afford, and of high_ms.
-        beyond, at = self.start[1:] - 1, descending.below(0.0)
+        beyond, at = self.start[1:] - 1, search.below(0.0)
+        hints = [] if self.may_empty else _affordable(descent_ms, self.step_importance, top_ms, allowance)
         for _ in range(steps):
-            t_ms = (low_ms + high_ms) / 2
-            between = descending.below(top_ms - t_ms)
+            t_ms = top_ms - hints.pop() if hints else (low_ms + high_ms) / 2
+            between = search.below(top_ms - t_ms)
             if np.minimum.reduceat(self.spent[between], self.first).sum() <= allowance:
                 high_ms, at = t_ms, between
             else:
                 low_ms, beyond = t_ms, between
             if high_ms - low_ms <= 1e-8 * high_ms or int((beyond - at).sum()) <= 1:  # one rung, which is not affordable
                 break
+        if not self.may_empty:
+            return Chosen(self.first, at - self.start[:-1])
         spent = self.spent[at]
         cheapest = np.minimum.reduceat(spent, self.first)
         group = np.repeat(np.arange(len(self.first)), np.diff(np.append(self.first, len(self.device))))
@@ -76,30 +84,33 @@ class Ladders:
         worth = value[self.device[base.ladder]]
         if not worth.any():
             return base
-        sizes = self.start[base.ladder + 1] - self.start[base.ladder] - 2
+        start = self.start[base.ladder]
+        last = self.start[base.ladder + 1] - 2
         most = self.most * (1 + 1e-9) + 1e-300
         search = _Search(self.start, np.minimum(self.step_importance, 2 * most), 3 * most)
-
-        def rungs_at(price: float) -> Ints:
-            at = search.below(np.minimum(price * worth, most), base.ladder) - self.start[base.ladder]
-            rungs: Ints = np.minimum(sizes, np.maximum(base.rungs, at))
-            return rungs
-
-        def spent_at(rungs: Ints) -> float:
-            return float(self.spent[self.start[base.ladder] + rungs].sum())
-
-        low, high = 0.0, most / max(float(worth.min()), 1e-12 * float(worth.max()))
-        rungs, too_far = base.rungs, sizes
-        for _ in range(steps):
-            if int((too_far - rungs).sum()) <= len(rungs):
+        # A device that needs no air has nothing to sell: it is left as it is.
+        least_worth = float(worth[worth > 0].min())
+        low, high = 0.0, most / least_worth
+        begin = at = start + base.rungs
+        too_far, hints = last, list[float]()
+        if not self.may_empty:
+            rungs = np.diff(self.start)
+            costs = self.step_importance
+            if base.rungs.any():  # what lies above is spent whatever the price
+                costs = np.where(np.arange(len(costs)) < np.repeat(begin, rungs), 0.0, costs)
+            each = 1 / np.where(worth > 0, worth, 1e-3 * least_worth)  # beyond what is looked at
+            prices = self.step_importance * np.repeat(each, rungs)
+            hints = _affordable(prices, costs, high, allowance - float(self.spent[begin].sum()))
+        for _ in range(steps + int(np.log2(worth.max() / least_worth))):
+            if int((too_far - at).sum()) <= len(at):
                 break  # single pairs are left, which `_fill` looks at
-            price = (low + high) / 2
-            further = rungs_at(price)
-            if spent_at(further) <= allowance:
-                low, rungs = price, further
+            price = hints.pop() if hints else (low + high) / 2
+            further = np.minimum(last, np.maximum(begin, search.below(np.minimum(price * worth, most), base.ladder)))
+            if self.spent[further].sum() <= allowance:
+                low, at = price, further
             else:
                 high, too_far = price, further
-        return Chosen(base.ladder, self._fill(base.ladder, rungs, worth, allowance - spent_at(rungs)))
+        return Chosen(base.ladder, self._fill(at, worth, allowance - float(self.spent[at].sum())) - start)
 
     def slowest_ms(self, chosen: Chosen) -> float:
         """Return what the slowest device takes by itself."""
@@ -123,103 +134,89 @@ class Ladders:
         """Leave out nothing."""
         return Chosen(self.first, np.zeros(len(self.first), np.int64))
 
-    def _fill(self, ladder: Ints, rungs: Ints, worth: Times, left: float) -> Ints:
-        """Use what is left of an allowance for single pairs, the one of the best price first."""
-        rungs, at = rungs.copy(), self.start[ladder] + rungs
-        cost = self.spent[at + 1] - self.spent[at]
-        price = np.full(len(cost), np.inf)
-        np.divide(cost, worth, out=price, where=(cost <= left) & (worth > 0))
+    def _fill(self, at: Ints, worth: Times, left: float) -> Ints:
+        """Use what is left of an allowance for single pairs, the one of the best price first, one for each device on average."""
+        at, each = at.copy(), worth.tolist()
+        cost: list[float] = (self.spent[at + 1] - self.spent[at]).tolist()
+        prices = [(c / w, n) for n, (c, w) in enumerate(zip(cost, each, strict=True)) if c <= left and w > 0]
+        heapify(prices)
         taken = 0
-        while taken < len(ladder):
-            best = int(price.argmin())
-            if not np.isfinite(price[best]):
-                break
-            if (least := float(cost[best])) > left:
-                price[best] = np.inf  # for good: no more is left later
+        while prices and taken < len(each):
+            _, n = prices[0]
+            if cost[n] > left:
+                heappop(prices)  # for good: no more is left later
                 continue
-            left -= least
+            left -= cost[n]
             taken += 1
-            rungs[best] += 1
-            at[best] += 1
-            cost[best] = self.spent[at[best] + 1] - self.spent[at[best]]
-            price[best] = cost[best] / worth[best]  # more than 0: it was taken
-        return rungs
+            at[n] += 1
+            cost[n] = float(self.spent[at[n] + 1] - self.spent[at[n]])
+            heapreplace(prices, (cost[n] / each[n], n))
+        return at
 
 
 def make_ladders(
-    experts: Ints, pairs: Pairs, may: Bools, load: Load, model: LatencyModel, allowance: float, n_experts: int
+    calls: Calls, pairs: Pairs, may: Bools, load: Load, model: LatencyModel, allowance: float
 ) -> Ladders | None:
     """Build the ladders of a block, or none if nobody may lose anything.
 
     Args:
-        experts: [tokens, k].
+        calls: of the block.
         pairs: of the block.
         may: [tokens, k], leads that may be left out.
         load: with nothing left out.
         model: of the devices.
         allowance: emptying experts for more than this is not looked at.
-        n_experts: of a block.
     """
     at = np.flatnonzero(may)
     if len(at) == 0:
         return None
     importance, device = pairs.importance.ravel(), pairs.device.ravel()
-    at, each = _by_device(at, device[at], importance[at])
     loaded = np.flatnonzero(load.rows)
-    bounds = np.searchsorted(each, np.append(loaded, model.n_devices))
-    called = (pairs.device * n_experts + experts).ravel()
-    calls = np.bincount(called)  # what each device is called for
+    # After the pairs of each loaded device stand two entries that are none, for its last rung and the one beyond.
+    item, each = by_device(at, device[at], importance[at], np.concatenate((loaded, loaded)))
+    start = np.searchsorted(each, np.append(loaded, model.n_devices))
 
-    owner, lengths, item, emptying = loaded, np.diff(bounds), at, np.zeros(len(loaded), np.int64)
-    if emptied := _emptied(at, bounds, loaded, experts, pairs, may, called, calls, n_experts, allowance):
+    owner, emptying = loaded, np.zeros(len(loaded), np.int64)
+    if emptied := _emptied(item, start, loaded, calls, pairs, may, allowance):
         pieces, done = [], 0
         for n, firsts in emptied.items():
-            pieces.append(at[done : bounds[n + 1]])
-            mine, done = at[bounds[n] : bounds[n + 1]], bounds[n + 1]
+            begin, end = int(start[n]), int(start[n + 1])
+            pieces.append(item[done:end])
+            mine, done = item[begin : end - 2], end
             for first in firsts:
-                pieces += [first, mine[~np.isin(mine, first)]]
-        item = np.concatenate((*pieces, at[done:]))
+                pieces += [first, mine[~np.isin(mine, first)], item[end - 2 : end]]
+        item = np.concatenate((*pieces, item[done:]))
         more = np.repeat([*emptied], [len(firsts) for firsts in emptied.values()])
         sizes = [len(first) for firsts in emptied.values() for first in firsts]
         # Further ladders stand after the first one of their device.
-        owner, lengths = (np.insert(array, more + 1, array[more]) for array in (owner, lengths))
+        owner, lengths = (np.insert(array, more + 1, array[more]) for array in (owner, np.diff(start)))
         emptying = np.insert(emptying, more + 1, sizes)
-    start = np.concatenate(([0], np.cumsum(lengths + 2)))
-    number = np.arange(len(owner))
-    place = np.arange(len(item)) + np.repeat(2 * number, lengths)  # of the step in [N]
+        start = np.concatenate(([0], np.cumsum(lengths)))
+    lengths = np.diff(start)
+    last, beyond = start[1:] - 2, start[1:] - 1  # from the last rung no step goes on
     cost = importance[item].astype(np.float64)
-    ladder = np.repeat(number, lengths)
-    saved_ms = np.repeat((model.row_air_ms + model.staging_ms)[owner], lengths)
-    saved_ms += _call_savings(item, ladder, owner, experts, pairs, calls, n_experts, model)
+    cost[last] = cost[beyond] = 0.0
+    ladder = np.repeat(np.arange(len(owner)), lengths)
+    saved_ms = _call_savings(item, ladder, last, owner, calls, pairs, may, model)
+    saved_ms += np.repeat((model.row_air_ms + model.staging_ms)[owner], lengths)
+    saved_ms[last] = saved_ms[beyond] = 0.0
 
-    n = int(start[-1])
-    lead, step_importance = np.zeros(n, np.int64), np.full(n, np.inf)
-    lead[place], step_importance[place] = item, cost
-    for one in np.flatnonzero(emptying).tolist():
-        step_importance[start[one] : start[one] + emptying[one]] = 0.0
     alone_ms = (2 * model.way_ms + load.compute_ms(model) + load.rows * model.row_air_ms)[owner]
-    flat_ms = np.repeat(alone_ms, lengths + 2) - _along(saved_ms, place, start, lengths)
-    spent = _along(cost, place, start, lengths)
-    idle = np.flatnonzero(lengths == load.rows[owner])
-    flat_ms[start[idle] + lengths[idle]] = 0.0
+    flat_ms = np.repeat(alone_ms, lengths) - _along(saved_ms, start)
+    spent, most = _along(cost, start), float(cost.max())
+    idle = np.flatnonzero(lengths - 2 == load.rows[owner])
+    flat_ms[last[idle]] = 0.0
     flat_ms = np.maximum(flat_ms, 0.0)
-    flat_ms[start[1:] - 1], spent[start[1:] - 1] = -1.0, np.inf
-    return Ladders(
-        owner, np.searchsorted(owner, loaded), start, lead, spent, flat_ms, step_importance, float(cost.max())
-    )
+    flat_ms[beyond], spent[beyond] = -1.0, np.inf
+    cost[last] = cost[beyond] = np.inf
+    for one in np.flatnonzero(emptying).tolist():
+        cost[start[one] : start[one] + emptying[one]] = 0.0
+    first = np.arange(len(loaded)) if owner is loaded else np.searchsorted(owner, loaded)
+    return Ladders(owner, first, start, item, spent, flat_ms, cost, most)
 
 
 def _emptied(
-    at: Ints,
-    bounds: Ints,
-    loaded: Ints,
-    experts: Ints,
-    pairs: Pairs,
-    may: Bools,
-    called: Ints,
-    calls: Ints,
-    n_experts: int,
-    allowance: float,
+    item: Ints, start: Ints, loaded: Ints, calls: Calls, pairs: Pairs, may: Bools, allowance: float
 ) -> dict[int, list[Ints]]:
     """Return the pairs, least important first, that go when some experts of a device are emptied; for each choice.
 
@@ -228,11 +225,12 @@ def _emptied(
     Returns:
         By the number of the device in `loaded`, ascending; only devices that have a choice.
     """
-    made = np.flatnonzero(calls)
+    n_experts, called = calls.n_experts, calls.of_slot
+    made = np.flatnonzero(calls.tokens)
     several = np.bincount(made // n_experts) > 1
     if not several.any():
         return {}
-    stays = np.bincount(called, pairs.keep_without(may).ravel())  # calls of pairs that may not go
+    stays = calls.left(pairs, may)[0]  # calls of pairs that may not go
     full = made[(stays[made] == 0) & several[made // n_experts]]
     if len(full) == 0:
         return {}
@@ -246,7 +244,7 @@ def _emptied(
     for who in np.unique(candidates // n_experts).tolist():
         n = int(np.searchsorted(loaded, who))
         these = candidates[candidates // n_experts == who] % n_experts
-        if firsts := _emptied_of(at[bounds[n] : bounds[n + 1]], these.tolist(), experts, pairs, allowance):
+        if firsts := _emptied_of(item[start[n] : start[n + 1] - 2], these.tolist(), calls.experts, pairs, allowance):
             found[n] = firsts
     return found
 
@@ -255,7 +253,7 @@ def _emptied_of(mine: Ints, candidates: list[int], experts: Ints, pairs: Pairs, 
     """Do the same for one device, of whose pairs and experts that can be emptied are given."""
     k = experts.shape[1]
     token, slot = mine // k, mine % k
-    in_pair = pairs.lead_of[token] == slot[:, None]  # [pairs, k]
+    in_pair = pairs.lead_of()[token] == slot[:, None]  # [pairs, k]
     theirs = experts[token]
     value = pairs.importance.ravel()[mine].astype(np.float64)
     touches = {e: (in_pair & (theirs == e)).any(axis=1) for e in candidates}
@@ -268,60 +266,75 @@ def _emptied_of(mine: Ints, candidates: list[int], experts: Ints, pairs: Pairs, 
 
 
 def _call_savings(
-    item: Ints,
-    ladder: Ints,
-    owner: Ints,
-    experts: Ints,
-    pairs: Pairs,
-    calls: Ints,
-    n_experts: int,
-    model: LatencyModel,
+    item: Ints, ladder: Ints, last: Ints, owner: Ints, calls: Calls, pairs: Pairs, may: Bools, model: LatencyModel
 ) -> Times:
-    """Return what each step saves of expert calls: those of c tokens become calls of c - 1."""
-    at, group = np.arange(len(item)), ladder * n_experts + experts.ravel()[item]
-    some = np.flatnonzero(pairs.joined()[item])
+    """Return what each step saves of expert calls: those of c tokens become calls of c - 1. At the last rungs it means nothing."""
+    experts, n_experts = calls.experts, calls.n_experts
+    at, group = None, ladder * n_experts + experts.ravel()[item]
+    some = _joined(pairs, item, last, may)
     if len(some):  # further experts of a pair
         token, slot = np.divmod(item[some], experts.shape[1])
+        lead_of, keys = pairs.lead_of(), [group << 32 | np.arange(len(item))]
         for other in range(1, experts.shape[1]):
-            more = np.flatnonzero((pairs.lead_of[token, other] == slot) & (slot != other))
+            more = np.flatnonzero((lead_of[token, other] == slot) & (slot != other))
             theirs = ladder[some[more]] * n_experts + experts[token[more], other]
-            at, group = np.concatenate((at, some[more])), np.concatenate((group, theirs))
-    if len(some) or (group[1:] < group[:-1]).any():
-        keys = group << 32 | at  # numbers sort far sooner than what is sorted by them
-        keys.sort()
-        at, group = keys & 0xFFFFFFFF, keys >> 32
+            keys.append(theirs << 32 | some[more])
+        key = np.concatenate(keys)
+        key.sort()
+        at, group = key & 0xFFFFFFFF, key >> 32
+    elif (group[1:] < group[:-1]).any():
+        at = np.argsort(group.astype(np.int16) if len(owner) * n_experts < 1 << 15 else group, kind="stable")
+        group = group[at]
     # Of each group (ladder, expert): the first entry ends a call of all tokens, the next one of one less, and so on.
     begins = np.flatnonzero(np.concatenate(([True], group[1:] != group[:-1])))
     sizes = np.diff(np.append(begins, len(group)))
-    device = owner[group[begins] // n_experts]
-    tokens = calls[device * n_experts + group[begins] % n_experts]
+    of_ladder, expert = np.divmod(group[begins], n_experts)
+    device = owner[of_ladder]
     width = model.up_to + 1
-    index = np.repeat(model.table[device] * width + tokens + begins, sizes) - np.arange(len(group))
+    first = model.table[device] * width + calls.tokens[device * n_experts + expert] + begins
+    index = np.repeat(first, sizes) - np.arange(len(group))
     tables = model.tables.ravel()
     saved_ms = (tables[index] - tables[index - 1]) * np.repeat(model.slowness[device], sizes)
+    if at is None:
+        return saved_ms
     return np.bincount(at, saved_ms, len(item)).astype(np.float64, copy=False)
 
 
-def _along(steps: Times, place: Ints, start: Ints, lengths: Ints) -> Times:
+def _joined(pairs: Pairs, item: Ints, last: Ints, may: Bools) -> Ints:
+    """Return which steps are those of a pair of several experts."""
+    joined = np.zeros(may.size, np.bool_)
+    joined[pairs.their_lead] = may.ravel()[pairs.their_lead]
+    if not joined.any():
+        return _NOBODY
+    of_item = joined[item]
+    of_item[last] = of_item[last + 1] = False
+    return np.flatnonzero(of_item)
+
+
+def _along(steps: Times, start: Ints) -> Times:
     """Sum steps along each ladder: [N], 0 at the top of each; the entry beyond the last rung means nothing."""
-    total = np.zeros(int(start[-1]))
-    total[place + 1] = steps
-    total = np.cumsum(total)
-    result: Times = total - np.repeat(total[start[:-1]], lengths + 2)
-    return result
+    total = np.empty(len(steps))
+    total[0] = 0.0
+    np.cumsum(steps[:-1], out=total[1:])
+    total -= np.repeat(total[start[:-1]], np.diff(start))
+    return total
 
 
-def _by_device(at: Ints, device: Ints, importance: Floats) -> tuple[Ints, Ints]:
-    """Sort flat indices by device, then by importance, then as they are; return them, and the device of each."""
-    if int(at[-1]) >= 1 << 16 or int(device.max()) >= 1 << 15:
-        order = np.lexsort((importance, device))
-        return at[order], device[order]
-    # In one number: those of a float32 that is not negative stand in the order of its bits.
-    keys = device.astype(np.int64) << 48
-    keys |= importance.astype(np.float32).view(np.int32).astype(np.int64) << 16
-    keys |= at
-    keys.sort()
-    return keys & 0xFFFF, keys >> 48
+def _affordable(values: Times, costs: Times, up_to: float, allowance: float) -> list[float]:
+    """Say about where what lies below has cost an allowance: a value that is too high, and one that is not, to look there first.
+
+    Args:
+        values: [N], in no order.
+        costs: [N], infinite for what nobody can afford.
+        up_to: which values matter.
+        allowance: for all costs.
+    """
+    if len(values) < _HINT_FROM or not up_to > 0:
+        return []
+    place = np.minimum(values * (_PLACES / up_to), _PLACES).astype(np.int64)
+    below = np.cumsum(np.bincount(place, costs, _PLACES + 1)[:_PLACES])
+    n = int(np.searchsorted(below, allowance, side="right"))  # full places that can be afforded
+    return [up_to * (n + 1) / _PLACES, up_to * n / _PLACES]
 
 
 class _Search:

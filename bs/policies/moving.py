@@ -7,6 +7,7 @@ block, by the latency model and with rows that tokens share counted, is done soo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from heapq import nlargest
 from itertools import product
 from math import prod
@@ -19,6 +20,7 @@ from wdmoe.bs.policies.exact import Replicas
 from wdmoe.bs.routing import Bools, Ints, everything
 
 _ALL = 16  # ways to ask for one token's experts that are tried; of more, one expert after another is moved
+_SMALL = 4096  # experts times devices
 _AGAIN = 512  # tokens, up to which rows that are dealt out evenly are a second beginning
 _MANY = 16  # devices with work, from which they always are: few moves might not do
 _MOVES, _MOVES_OF_MANY = (24, 8), (8, 1)  # of a block at most, and of these in vain one after another
@@ -62,9 +64,11 @@ def move_token(experts: list[int], device: list[int], holders: Bools, model: Row
         holders: [n_experts, K], who may be asked.
         model: of the devices.
     """
+    holding = _holders(holders.tobytes(), holders.shape[1]) if holders.size <= _SMALL else None
     may = []
     for expert, owner in zip(experts, device, strict=True):
-        may.append([owner, *[k for k in holders[expert].nonzero()[0].tolist() if k != owner]])
+        them = holders[expert].nonzero()[0].tolist() if holding is None else holding[expert]
+        may.append([owner, *[k for k in them if k != owner]])
     ways = prod(map(len, may))
     if ways == 1:
         return None
@@ -88,6 +92,13 @@ def move_token(experts: list[int], device: list[int], holders: Bools, model: Row
     return None if best == start else list(best)
 
 
+@lru_cache(maxsize=256)
+def _holders(holders: bytes, n_devices: int) -> list[list[int]]:
+    """Return who holds each expert: for few devices it is sooner to look up what all of them hold than to look through it."""
+    by_expert = np.frombuffer(holders, np.bool_).reshape(-1, n_devices)
+    return [held.nonzero()[0].tolist() for held in by_expert]
+
+
 class _Block:
     """Who is asked in one block, and how long that takes; rows move from device to device."""
 
@@ -96,7 +107,11 @@ class _Block:
         self._experts, self._model = experts, model
         self.device = device  # [tokens, k]
         self._replicas, n_experts = replicas, len(replicas.count)
-        self._slots: dict[int, tuple[Ints, Ints]] = {}  # where each expert stands, flat, and its token's first slot
+        self._slots: dict[
+            int, tuple[Ints, list[Ints]]
+        ] = {}  # where each expert stands, and its token's other slots; flat
+        self._tables = [memoryview(table) for table in model.tables]  # numbers that are read one by one
+        self._table: list[int] = model.table.tolist()
         self._slowness: list[float] = model.slowness.tolist()
         self._staging_ms: list[float] = model.staging_ms.tolist()
         self._way_ms: list[float] = model.way_ms.tolist()
@@ -158,7 +173,8 @@ class _Block:
         return self._down_ms[k] + self._staging_ms[k] + self._up_ms[k]
 
     def _call_ms(self, k: int, tokens: int) -> float:
-        return float(self._model.tables[self._model.table[k], tokens]) * self._slowness[k]
+        ms: float = self._tables[self._table[k]][tokens] * self._slowness[k]
+        return ms
 
     def _time_alone(self, k: int) -> float:
         return 2 * self._way_ms[k] + self._calls_ms[k] + self._rows[k] * self._row_ms(k) if self._rows[k] else 0.0
@@ -190,10 +206,14 @@ class _Block:
         from_ms = self._alone_ms[source] - self._call_ms(source, calls)
         to_ms = self._alone_ms[target] + idle_ms - self._call_ms(target, there)
 
+        from_table, to_table = self._tables[self._table[source]], self._tables[self._table[target]]
+        from_slowness, to_slowness = self._slowness[source], self._slowness[target]
+        from_row_ms, to_row_ms = self._row_ms(source), self._row_ms(target)
+
         def both_ms(n: int) -> tuple[float, float]:
             return (
-                from_ms + self._call_ms(source, calls - n) - n * self._row_ms(source),
-                to_ms + self._call_ms(target, there + n) + n * self._row_ms(target),
+                from_ms + from_table[calls - n] * from_slowness - n * from_row_ms,
+                to_ms + to_table[there + n] * to_slowness + n * to_row_ms,
             )
 
         low, high = 1, calls  # the most rows with which the source is still the slower, and one more
@@ -210,19 +230,16 @@ class _Block:
             The slots, how many of their rows stay at the source all the same, and how many are new to the target.
         """
         if expert not in self._slots:
-            slots = np.flatnonzero(self._experts.ravel() == expert)
-            k = self._experts.shape[1]
-            self._slots[expert] = slots, slots & -k if k & (k - 1) == 0 else slots - slots % k
-        slots, first = self._slots[expert]
+            self._slots[expert] = _others(np.flatnonzero(self._experts.ravel() == expert), self._experts.shape[1])
+        slots, others = self._slots[expert]
         asked = self.device.ravel()
         here = asked[slots] == source
-        slots, first = slots[here], first[here]
-        at_source, at_target = np.zeros(len(slots), np.int8), np.zeros(len(slots), np.bool_)
-        for slot in range(self.device.shape[1]):
-            who = asked[first + slot]
-            at_source += who == source
-            at_target |= who == target
-        stays, comes = at_source > 1, ~at_target
+        slots = slots[here]
+        stays, comes = np.zeros(len(slots), np.bool_), np.ones(len(slots), np.bool_)
+        for other in others:
+            who = asked[other[here]]
+            stays |= who == source
+            comes &= who != target
         chosen = np.argsort(2 * stays.view(np.int8) + comes.view(np.int8), kind="stable")[:rows]  # 8 bits sort fast
         return slots[chosen], int(np.count_nonzero(stays[chosen])), int(np.count_nonzero(comes[chosen]))
 
@@ -248,3 +265,11 @@ class _Block:
             if self._calls[k][expert] == 0:
                 del self._calls[k][expert]
             self._alone_ms[k] = self._time_alone(k)
+
+
+def _others(slots: Ints, k: int) -> tuple[Ints, list[Ints]]:
+    """Return flat slots, and for each of them the k - 1 others of its token."""
+    if k == 2:
+        return slots, [slots ^ 1]
+    place = slots % k
+    return slots, [slots - place + (place + step) % k for step in range(1, k)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from wdmoe.bs.airtime import Load
 from wdmoe.bs.policies.options import Context, Options
 from wdmoe.bs.routing import Bools, Floats, Ints, Plan, Routing, everything
 
@@ -22,7 +23,6 @@ class Pairs:
     """The pairs of one block."""
 
     device: Ints  # [tokens, k], of each slot
-    lead_of: Ints  # [tokens, k], slot of the lead of each slot's pair
     lead: Bools  # [tokens, k], whether a slot is a lead
     importance: Floats  # [tokens, k], of the pair at its lead, 0 elsewhere
     further: Ints  # slots that are no leads, flat
@@ -34,11 +34,12 @@ class Pairs:
         keep.ravel()[self.further] = keep.ravel()[self.their_lead]
         return keep
 
-    def joined(self) -> Bools:
-        """Say of each slot, flat, whether it is the lead of a pair of several experts."""
-        joined = np.zeros(self.lead.size, np.bool_)
-        joined[self.their_lead] = True
-        return joined
+    def lead_of(self) -> Ints:
+        """Return [tokens, k] the slot of the lead of each slot's pair."""
+        tokens, k = self.device.shape
+        lead_of = np.tile(np.arange(k), tokens)
+        lead_of[self.further] = self.their_lead % k
+        return lead_of.reshape(tokens, k)
 
     def without_any(self, drop: Bools) -> Ints:
         """Return the tokens that would lose all their pairs."""
@@ -46,6 +47,47 @@ class Pairs:
         for slot in range(1, self.lead.shape[1]):
             tokens = tokens[drop[tokens, slot] | ~self.lead[tokens, slot]]
         return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Calls:
+    """The expert calls of one block with nothing left out."""
+
+    experts: Ints  # [tokens, k]
+    n_experts: int
+    of_slot: Ints  # [tokens x k], the call that each slot is part of: device x n_experts + expert
+    tokens: Ints  # [K x n_experts], of each call
+
+    def load(self, pairs: Pairs, drop: Bools | None = None) -> Load:
+        """Return what is asked of each device when the pairs of some leads are left out.
+
+        Args:
+            pairs: of the block.
+            drop: [tokens, k], leads.
+        """
+        tokens, further = (self.tokens, pairs.further) if drop is None else self.left(pairs, drop)
+        n_devices = len(tokens) // self.n_experts
+        made = np.flatnonzero(tokens)
+        device = made // self.n_experts
+        rows = np.bincount(device, tokens[made], n_devices).astype(np.int64)
+        if len(further):  # experts of a pair beside its first, for which no row travels
+            rows -= np.bincount(self.of_slot[further] // self.n_experts, minlength=n_devices)
+        return Load(rows, device, tokens[made])
+
+    def left(self, pairs: Pairs, drop: Bools) -> tuple[Ints, Ints]:
+        """Return the tokens of each call without the pairs of some leads, and the slots that are kept and are no leads, flat."""
+        left_out, further = np.flatnonzero(drop), pairs.further
+        if len(further):
+            gone = drop.ravel()[pairs.their_lead]
+            left_out = np.concatenate((left_out, further[gone]))
+            further = further[~gone]
+        return self.tokens - np.bincount(self.of_slot[left_out], minlength=len(self.tokens)), further
+
+
+def calls_of(experts: Ints, device: Ints, n_experts: int, n_devices: int) -> Calls:
+    """Count the calls of experts [tokens, k], asked of devices [tokens, k]."""
+    of_slot = (device * n_experts + experts).ravel()
+    return Calls(experts, n_experts, of_slot, np.bincount(of_slot, minlength=n_devices * n_experts))
 
 
 def slot_importance(routing: Routing, options: Options, context: Context) -> Floats:
@@ -71,30 +113,52 @@ def make_pairs(device: Ints, importance: Floats) -> Pairs:
         importance: [tokens, k], of each slot.
     """
     k = device.shape[1]
-    lead, lead_of = np.ones(device.shape, np.bool_), np.zeros(device.shape, np.int64)
-    total = importance.ravel().copy()
+    lead, total = np.ones(device.size, np.bool_), importance.ravel().copy()
     further, their_lead = [], []
     for slot in range(1, k):  # column by column: numpy is slow along so short an axis
-        lead_of[:, slot] = slot
-        for earlier in range(slot - 1, -1, -1):  # the first one found last
-            tokens = np.flatnonzero(device[:, slot] == device[:, earlier])
-            lead_of[tokens, slot] = earlier
-        tokens = np.flatnonzero(lead_of[:, slot] != slot)
-        slots, leads = tokens * k + slot, tokens * k + lead_of[tokens, slot]
-        lead.ravel()[slots] = False
-        total[leads] += total[slots]
-        total[slots] = 0
-        further.append(slots)
-        their_lead.append(leads)
+        free = np.ones(len(device), np.bool_)  # whose slot has no lead yet
+        for earlier in range(slot):  # the first one found leads
+            same = (device[:, slot] == device[:, earlier]) & free
+            tokens, free = np.flatnonzero(same), free & ~same
+            slots, leads = tokens * k + slot, tokens * k + earlier
+            lead[slots] = False
+            total[leads] += total[slots]
+            total[slots] = 0
+            further.append(slots)
+            their_lead.append(leads)
     none = np.empty(0, np.int64)
     return Pairs(
         device,
-        lead_of,
-        lead,
+        lead.reshape(device.shape),
         total.reshape(importance.shape),
         np.concatenate((none, *further)),
         np.concatenate((none, *their_lead)),
     )
+
+
+def by_device(at: Ints, device: Ints, importance: Floats, ends: Ints) -> tuple[Ints, Ints]:
+    """Sort slots by device, then by importance, then as they are.
+
+    Args:
+        at: flat, ascending.
+        device: of each.
+        importance: of each, not negative.
+        ends: devices after whose last slot an entry of no slot is wanted, as often as they are named.
+
+    Returns:
+        The slots, and the device of each.
+    """
+    if (len(at) and int(at[-1]) >= 1 << 16) or int(device.max(initial=0)) >= 1 << 15:
+        device = np.concatenate((device, ends))
+        order = np.lexsort((np.concatenate((importance, np.full(len(ends), np.inf))), device))
+        return np.concatenate((at, np.zeros_like(ends)))[order], device[order]
+    # In one number: those of a float32 that is not negative stand in the order of its bits.
+    keys = device.astype(np.int64) << 48
+    keys |= importance.astype(np.float32).view(np.int32).astype(np.int64) << 16
+    keys |= at
+    keys = np.concatenate((keys, ends << 48 | 0x7FFFFFFF0000))
+    keys.sort()
+    return keys & 0xFFFF, keys >> 48
 
 
 def droppable(pairs: Pairs, protect: bool) -> Bools:
@@ -136,15 +200,15 @@ def kept_weights(routing: Routing, keep: Bools, renormalise: bool) -> Floats:
     """Return what outputs are multiplied with: 0 where not kept, the rest scaled to the sum of all if asked to."""
     weights = np.where(keep, routing.weights, np.float32(0))
     if renormalise:
-        left = _sums(weights)
+        left = sums(weights)
         left[left == 0] = 1  # weights may be too small for float32
-        scale = _sums(routing.weights) / left
+        scale = sums(routing.weights) / left
         for slot in range(weights.shape[1]):
             weights[:, slot] *= scale
     return weights
 
 
-def _sums(weights: Floats) -> Floats:
+def sums(weights: Floats) -> Floats:
     """Sum along the slots: up to 7 numpy adds one after the other as well, but far slower."""
     k = weights.shape[1]
     if k > 7:

@@ -165,3 +165,47 @@ def test_blocks_have_budgets_of_their_own() -> None:
     assert plans[0].keep.all() and not plans[1].keep.all()
     with pytest.raises(ValueError, match="2 budgets, but there is a block 2"):
         select(case.routing, case.owner, np.ones(case.model.n_devices), case.policy, Context(block=2))
+
+
+@pytest.mark.parametrize("tokens", [60, 1500])
+@pytest.mark.parametrize("medium", ["shared", "pooled"])
+def test_a_device_on_a_wire_keeps_no_other_from_being_unloaded(medium: Medium, tokens: int) -> None:
+    for seed in range(5):
+        case = random_case(seed, medium, Bottleneck(budget=(0.1,)), tokens)
+        slow = case.model.row_air_ms * 100
+        for wired in range(case.model.n_devices):
+            on_wire = np.arange(case.model.n_devices) == wired
+            model = case.model.with_rates(*(np.where(on_wire, 0.0, slow / 2),) * 2, medium)
+            mixed = replace(case, model=model)
+            plan, weights = mixed.plan(), case.routing.weights
+            offered = (case.owner[case.routing.experts] != wired)[:, 1:]
+            on_offer = float(weights[:, 1:][offered].sum(dtype=np.float64))
+            spent = float(weights[~plan.keep].sum(dtype=np.float64))
+            assert spent >= 0.8 * min(on_offer, 0.1 * float(weights.sum(dtype=np.float64)))
+            assert mixed.block_ms(plan.keep) < mixed.block_ms(np.ones_like(plan.keep)) or spent == on_offer == 0
+
+
+@pytest.mark.parametrize("medium", MEDIA)
+@pytest.mark.parametrize("tokens", [2, 30, 1500])
+def test_the_load_that_it_counts_is_that_of_its_plan(medium: Medium, tokens: int) -> None:
+    for seed in range(6):
+        case = random_case(seed, medium, tokens=tokens)
+        plan = case.plan()
+        device = case.owner[case.routing.experts]
+        load = load_of(case.routing.experts, plan.keep, device, len(case.owner), case.model.n_devices)
+        assert plan.load is not None
+        for part in ("rows", "device", "tokens"):
+            np.testing.assert_array_equal(getattr(plan.load, part), getattr(load, part))
+
+
+@pytest.mark.parametrize("medium", MEDIA)
+def test_a_first_count_changes_where_it_looks_and_not_what_it_finds(
+    medium: Medium, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(12):
+        case = random_case(seed, medium, tokens=900)
+        found = []
+        for first in (0, 1 << 30):
+            monkeypatch.setattr("wdmoe.bs.policies.ladders._HINT_FROM", first)
+            found.append(case.block_ms(case.plan().keep))
+        assert found[0] == pytest.approx(found[1], rel=2e-3)

@@ -11,7 +11,7 @@ from devices import random_model
 from wdmoe.bs.airtime import Medium, load_of
 from wdmoe.bs.policies import Context, parse_policy, select
 from wdmoe.bs.policies.ladders import Ladders, make_ladders
-from wdmoe.bs.policies.pairs import droppable, make_pairs
+from wdmoe.bs.policies.pairs import calls_of, droppable, make_pairs
 from wdmoe.bs.routing import Ints, Routing, route
 
 
@@ -23,7 +23,7 @@ def walk(routing: Routing, owner: Ints, n_devices: int, allowance: float, rng: n
     pairs = make_pairs(device, routing.weights)
     load = load_of(routing.experts, np.ones(device.shape, np.bool_), device, n_experts, n_devices)
     may = droppable(pairs, protect=False)
-    ladders = make_ladders(routing.experts, pairs, may, load, model, allowance, n_experts)
+    ladders = make_ladders(calls_of(routing.experts, device, n_experts, n_devices), pairs, may, load, model, allowance)
     steps = 0
     for number, who in enumerate(() if ladders is None else ladders.device.tolist()):
         assert ladders is not None
