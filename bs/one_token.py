@@ -116,6 +116,8 @@ def time_of(plan: Plan, devices: Sequence[int], model: RowTimes) -> tuple[Load, 
     asked = [asked_of(k, calls.count(k), model) for k in loaded]
     n, medium = model.n_devices, model.medium
     load = _load_of(calls, n)
+    if len(loaded) == 1:
+        return load, *_time_of_one(loaded[0], asked[0], n, medium)
     if medium == "pooled":
         air_ms = [send + back for send, _, _, back in asked]
         parts, total_ms = finish_together(air_ms, [2 * way + compute for _, way, compute, _ in asked])
@@ -124,6 +126,14 @@ def time_of(plan: Plan, devices: Sequence[int], model: RowTimes) -> tuple[Load, 
     done_ms, turns = few_finish_ms(asked, medium)
     order = _in_order(tuple([loaded[turn] for turn in turns])) if medium == "shared" else None
     return load, BlockTime(max(done_ms, default=0.0), _of_each(loaded, done_ms, n), order), None
+
+
+def _time_of_one(k: int, asked: Asked, n: int, medium: Medium) -> tuple[BlockTime, Times | None]:
+    """Return how long one device takes, which has its link, the channel or the whole band to itself, and its share."""
+    total_ms = block_ms([asked], medium)
+    block = BlockTime(total_ms, _of_each([k], [total_ms], n), _in_order((k,)) if medium == "shared" else None)
+    needs_air = asked[0] + asked[3] > 0
+    return block, _of_each([k], [float(needs_air)], n) if medium == "pooled" else None
 
 
 @lru_cache(maxsize=4096)  # a token's devices come again and again, and three arrays take longer than all else here

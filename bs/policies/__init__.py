@@ -100,7 +100,9 @@ def select(routing: Routing, owner: Ints, row_ms: Latencies, policy: Policy, con
     Raises:
         ValueError: the policy's options ask for what is not known of this model.
     """
-    match policy:
+    match policy:  # the default first: it is asked most
+        case Bottleneck():
+            return select_bottleneck(routing, owner, row_ms, policy, context)
         case Exact():
             return select_exact(routing)
         case RoundRobin():
@@ -113,5 +115,3 @@ def select(routing: Routing, owner: Ints, row_ms: Latencies, policy: Policy, con
             return select_top_cut(routing, owner, policy, context)
         case Capacity():
             return select_capacity(routing, owner, row_ms, policy, context)
-        case Bottleneck():
-            return select_bottleneck(routing, owner, row_ms, policy, context)

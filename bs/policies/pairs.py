@@ -271,14 +271,25 @@ def plan_of_one(
     shape = routing.experts.shape
     if not out:
         return Plan(everything(*shape), routing.weights, theta, stopped, devices=devices)
+    if shape[1] == 2:
+        return _plan_of_two(routing, 1 - out[0], options, theta, stopped, devices)
     keep = everything(*shape).copy()
     for slot in out:
         keep[0, slot] = False
-    if shape[1] > 2:
-        return Plan(keep, kept_weights(routing, keep, options.renormalise), theta, stopped, devices=devices)
-    # Of two one is kept: what `kept_weights` does, to the bit, without arrays.
-    weights, stays = np.zeros(shape, np.float32), 1 - out[0]
-    left = routing.weights[0, stays]
-    whole = routing.weights[0, 0] + routing.weights[0, 1]
-    weights[0, stays] = left * (whole / left) if options.renormalise and left else left
-    return Plan(keep, weights, theta, stopped, devices=devices)
+    return Plan(keep, kept_weights(routing, keep, options.renormalise), theta, stopped, devices=devices)
+
+
+def _plan_of_two(
+    routing: Routing, stays: int, options: Options, theta: float | None, stopped: str | None, devices: Ints | None
+) -> Plan:
+    """Keep one of two slots: what `kept_weights` does, to the bit, without arrays."""
+    weights, left = np.zeros((1, 2), np.float32), routing.weights[0, stays]
+    if options.renormalise and left:
+        left = left * ((routing.weights[0, 0] + routing.weights[0, 1]) / left)
+    weights[0, stays] = left
+    return Plan(_ONE_OF_TWO[stays], weights, theta, stopped, devices=devices)
+
+
+_ONE_OF_TWO = (np.array([[True, False]]), np.array([[False, True]]))
+for _keep in _ONE_OF_TWO:
+    _keep.flags.writeable = False
