@@ -163,16 +163,17 @@ def test_findings_go_between_their_markers_and_nowhere_else() -> None:
 
 
 def test_wall_times_stand_with_their_machines() -> None:
-    one = {"wall_s": 90.0, "hardware": "a board", "cpus": 2}
+    one = {"wall_s": 90.0, "hardware": "a board, 2 CPUs"}
     assert f"<!-- finding: {WALL_TIMES} -->" in FINDINGS.read_text()
-    said, rows = wall_times({"x": one, "y": one, "kept before it was recorded": {}}).split("\n\n")
+    said, rows = wall_times({"x": one, "y": one, "kept before it was recorded": {}}, 120.0).split("\n\n")
     assert said == "Measured on a board, 2 CPUs." and rows.splitlines()[2:] == [
         "| x | 1.5 |",
         "| y | 1.5 |",
-        "| all | 3.0 |",
+        "| all | 2.0 |",
     ]
-    said, rows = wall_times({"x": one, "y": one | {"cpus": 4}}).split("\n\n")
-    assert said == "Measured on 1: a board, 2 CPUs; 2: a board, 4 CPUs." and "| y | 1.5 | 2 |" in rows
+    said, rows = wall_times({"x": one, "y": one | {"at_a_time": 2}}).split("\n\n")
+    assert said == "Measured on 1: a board, 2 CPUs; 2: a board, 2 CPUs, 2 experiments at a time."
+    assert "| y | 1.5 | 2 |" in rows and "| all" not in rows
 
 
 def run(*options: object, timeout_s: float = 280) -> subprocess.CompletedProcess[str]:
@@ -219,15 +220,28 @@ def test_a_failed_experiment_is_named_and_leaves_nothing_half_written(tmp_path: 
     assert not list((tmp_path / "out").glob("e01*"))
 
 
-def test_an_interrupt_ends_the_experiment_too(tmp_path: Path) -> None:
+def test_experiments_beside_each_other_share_what_they_make(tmp_path: Path) -> None:
+    where = ["--work", tmp_path / "work", "--out", tmp_path / "out", "--jobs", 2]
+    done = run("--only", "e01_one_layer", "--only", "e03_bandwidth", "--model", "tiny", "--short", *where)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("exporting tiny") == 1 and done.stderr.count("recording what routers say") <= 2
+    assert {path.stem for path in (tmp_path / "out").glob("*.json")} == {"e01_one_layer", "e03_bandwidth"}
+    assert not list((tmp_path / "work").glob("*.partial*"))
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_experiment_too(stop: signal.Signals, tmp_path: Path) -> None:
     line = [sys.executable, str(RUN), "--all", "--model", "tiny", "--short"]
     line += ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     with subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stderr is not None
         assert "[1/" in process.stderr.readline()
         time.sleep(0.5)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        if stop == signal.SIGINT:
+            os.killpg(process.pid, stop)  # as a terminal does
+        else:
+            process.send_signal(stop)
         _, said = process.communicate(timeout=60)
-        assert process.returncode == 130 and "interrupted" in said, said
+        assert process.returncode == 128 + stop and ("interrupted" in said or stop == signal.SIGTERM), said
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)

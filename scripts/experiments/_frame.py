@@ -6,6 +6,7 @@ words and the picture come from the values alone, so that neither can say what w
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import inspect
 import io
@@ -13,7 +14,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 ORIGIN = "emulated devices and links, modelled times; answers of the model, where there are any, are real"
 WORK = ROOT / ".experiments"
+AT_A_TIME = "WDMOE_EXPERIMENTS_AT_A_TIME"  # told by scripts/experiments/run to each of them
 SMALL_MODEL, TINY = "smollm2-moe", "tiny"
 COLOURS = {
     "exact": "#222222",
@@ -122,6 +125,7 @@ def experiment(
             "values": values,
             "wall_s": wall_s,  # that measuring took on this machine
             "cpus": os.cpu_count(),
+            "at_a_time": int(os.environ.get(AT_A_TIME, "1")),  # of experiments, this one among them
             **environment(("numpy", "onnxruntime")),
         }
         if plot is not None:
@@ -133,6 +137,15 @@ def experiment(
         click.echo(result["finding"])
 
     return command
+
+
+@contextmanager
+def one_at_a_time(work: Path, name: str) -> Iterator[None]:
+    """Let one process after the other make what experiments share; the next ones find it there."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / f"{name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, which the end of a process does as well
+        yield
 
 
 def write_whole(path: Path, content: bytes) -> None:

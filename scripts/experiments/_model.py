@@ -24,6 +24,7 @@ from scripts.experiments._frame import (
     Settings,
     Values,
     bootstrap,
+    one_at_a_time,
     progress,
     ratio_of_sums,
     write_whole,
@@ -73,7 +74,11 @@ def bundle(settings: Settings, experts_per_device: int = TESTBED.experts_per_dev
 
     What its blocks mind is the testbed's where the testbed's model is asked for, else it is measured on the text.
     """
-    settings.work.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(settings.work, "bundle"):
+        return _bundle(settings, experts_per_device)
+
+
+def _bundle(settings: Settings, experts_per_device: int) -> Path:
     if settings.model == TINY:
         import tiny
 
@@ -233,18 +238,23 @@ def reaches_bar(values: Values) -> bool:
 def trace(settings: Settings, count: int) -> Trace:
     """Return what the routers say to `count` windows; recorded once and kept."""
     path = bundle(settings).with_name(f"{bundle(settings).name}-trace-{count}.npz")
-    if not path.exists():
-        progress(f"recording what routers say to {count} windows of text")
-        with open_arm(settings) as station:
-            model = station.manifest.model
-            recorder = Recorder(model.n_blocks, model.top_k)
-            station.pipeline.on_router = recorder.on_router
-            for window in windows(settings, station, count):
-                list(station.pipeline.run([pack_questions([window], model.sliding_window)], Exact()))
-            placement = np.array([[holders[0] for holders in block] for block in station.manifest.placement])
-            info = trace_info(station, {"text": count}, {})
-            write_trace(path, recorder.trace(info, placement))
+    with one_at_a_time(settings.work, path.stem):
+        if not path.exists():
+            progress(f"recording what routers say to {count} windows of text")
+            _record(settings, count, path)
     return read_trace(path)
+
+
+def _record(settings: Settings, count: int, path: Path) -> None:
+    with open_arm(settings) as station:
+        model = station.manifest.model
+        recorder = Recorder(model.n_blocks, model.top_k)
+        station.pipeline.on_router = recorder.on_router
+        for window in windows(settings, station, count):
+            list(station.pipeline.run([pack_questions([window], model.sliding_window)], Exact()))
+        placement = np.array([[holders[0] for holders in block] for block in station.manifest.placement])
+        info = trace_info(station, {"text": count}, {})
+        write_trace(path, recorder.trace(info, placement))
 
 
 def devices(

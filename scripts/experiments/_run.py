@@ -1,12 +1,12 @@
-"""Run experiments one after another, keep what is finished, and write what they found into docs/findings.md.
+"""Run experiments, keep what is finished, and write what they found into docs/findings.md.
 
     scripts/experiments/run --all
     scripts/experiments/run --only e03_bandwidth --only pareto --again
 
-Every module of this folder that does not begin with an underscore is an experiment. Each gets a process of its own. A
-result is kept until its settings or its code change, or --again is given. At the end stands how long each measured, and
-on what machine; --all writes that into docs/findings.md as well. Exit code 1: an experiment failed; the others
-were run.
+Every module of this folder that does not begin with an underscore is an experiment. Each gets a process of its own, and
+several run at a time (--jobs), each on its part of the processors. A result is kept until its settings or its code change,
+or --again is given. At the end stands how long each measured, and on what machine; --all writes that into docs/findings.md
+as well. Exit code 1: an experiment failed; the others were run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,16 @@ import click
 
 ROOT = Path(__file__).parents[2]
 sys.path += [str(ROOT)]
-from scripts.experiments._frame import SMALL_MODEL, WORK, Settings, exit_on_sigterm, progress, table, write_whole
+from scripts.experiments._frame import (
+    AT_A_TIME,
+    SMALL_MODEL,
+    WORK,
+    Settings,
+    exit_on_sigterm,
+    progress,
+    table,
+    write_whole,
+)
 
 HERE = Path(__file__).parent
 WALL_TIMES = "wall_times"  # their place on the page
@@ -62,32 +72,82 @@ def with_findings(page: str, findings: dict[str, str]) -> str:
     return _MARKED.sub(put, page)
 
 
-def wall_times(results: dict[str, dict[str, Any]]) -> str:
-    """Say how long each experiment measured, and on what, from what their results keep."""
+def wall_times(results: dict[str, dict[str, Any]], took_s: float | None = None) -> str:
+    """Say how long each experiment measured, and on what, from what their results keep.
+
+    Args:
+        results: by name.
+        took_s: all together, where all of them ran just now.
+    """
     known = {name: result for name, result in results.items() if result.get("wall_s") is not None}
-    machines = list(dict.fromkeys(f"{result['hardware']}, {result['cpus']} CPUs" for result in known.values()))
+    machines = list(dict.fromkeys(map(_machine, known.values())))
     rows = [
         [name, f"{result['wall_s'] / 60:.1f}", *([] if len(machines) < 2 else [str(1 + machines.index(machine))])]
         for name, result in known.items()
-        for machine in [f"{result['hardware']}, {result['cpus']} CPUs"]
+        for machine in [_machine(result)]
     ]
-    total = sum(result["wall_s"] for result in known.values()) / 60
-    rows.append(["all", f"{total:.1f}", *([] if len(machines) < 2 else [""])])
+    if took_s is not None:
+        rows.append(["all", f"{took_s / 60:.1f}", *([] if len(machines) < 2 else [""])])
     where = "; ".join(f"{n}: {machine}" if len(machines) > 1 else machine for n, machine in enumerate(machines, 1))
     heads = ("experiment", "wall time, min", *(() if len(machines) < 2 else ("machine",)))
     return f"Measured on {where or 'no machine that is known'}.\n\n{table(heads, rows)}"
 
 
-def run_one(module: Path, options: Sequence[str]) -> int:
-    """Run an experiment to its end, or end it with this process; return its exit code."""
-    # NOTE: an interrupt from the terminal reaches it as well; a SIGTERM reaches this process alone.
-    process = subprocess.Popen([sys.executable, str(module), *options], stdout=subprocess.DEVNULL)
-    try:
-        return process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait(timeout=30)
-        raise
+def _machine(result: dict[str, Any]) -> str:
+    beside = result.get("at_a_time", 1)
+    return f"{result['hardware']}{f', {beside} experiments at a time' if beside > 1 else ''}"
+
+
+class Runner:
+    """Runs experiments, some at a time, each on its part of the processors; ends them when it is stopped."""
+
+    def __init__(self, at_a_time: int) -> None:
+        """Start nothing yet.
+
+        Args:
+            at_a_time: experiments, at most.
+        """
+        self._at_a_time = at_a_time
+        self._running: set[subprocess.Popen[str]] = set()
+        self._stopped = False
+        threads = max(1, (os.cpu_count() or 1) // at_a_time)
+        told = {AT_A_TIME: str(at_a_time)} if at_a_time > 1 else {}
+        self._environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | told
+
+    def run(self, lines: dict[str, list[str]], begun: Callable[[str], None]) -> list[str]:
+        """Run command lines by name, in their order; return those that failed.
+
+        Args:
+            lines: by name.
+            begun: told of each when it starts.
+        """
+        with ThreadPoolExecutor(self._at_a_time) as pool:
+            try:
+                waiting = [pool.submit(self._one, name, line, begun) for name, line in lines.items()]
+                codes = [one.result() for one in waiting]
+            except BaseException:
+                self._stopped = True
+                # An interrupt from the terminal reaches them as well; a SIGTERM reaches this process alone.
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in self._running.copy():
+                    process.terminate()
+                raise
+        return [name for name, code in zip(lines, codes, strict=True) if code != 0]
+
+    def _one(self, name: str, line: list[str], begun: Callable[[str], None]) -> int:
+        begun(name)
+        with subprocess.Popen(
+            line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=self._environment
+        ) as process:
+            self._running.add(process)
+            if self._stopped:
+                process.terminate()
+            assert process.stderr is not None
+            for said in process.stderr:
+                progress(f"{name}: {said.rstrip()}" if self._at_a_time > 1 else said.rstrip())
+            code = process.wait()
+        self._running.discard(process)
+        return code
 
 
 @click.command(help=__doc__)
@@ -102,8 +162,12 @@ def run_one(module: Path, options: Sequence[str]) -> int:
 @click.option("--again", is_flag=True, help="Do not keep what is finished.")
 @click.option("--model", default=SMALL_MODEL, show_default=True, help="Or tiny: a random one.")
 @click.option("--work", type=click.Path(path_type=Path, file_okay=False), default=WORK, help="Keeps what they share.")
+@click.option(
+    "--jobs", type=click.IntRange(min=1), default=min(4, os.cpu_count() or 1), show_default="processors, at most 4",
+    help="Experiments at a time.",
+)  # fmt: skip
 @click.option("--short", is_flag=True, help="As little as shows that they work; needs --out.")
-def main(everything: bool, names: tuple[str, ...], out: Path | None, again: bool, **told: Any) -> None:
+def main(everything: bool, names: tuple[str, ...], out: Path | None, again: bool, jobs: int, **told: Any) -> None:
     exit_on_sigterm()
     if everything == bool(names):
         raise click.UsageError("give --all, or --only NAME once or more; names: " + ", ".join(modules()))
@@ -115,35 +179,39 @@ def main(everything: bool, names: tuple[str, ...], out: Path | None, again: bool
     options = ["--model", settings.model, "--work", str(settings.work), *(["--short"] if settings.short else [])]
     options += [] if settings.data_dir is None else ["--data-dir", str(settings.data_dir)]
     chosen = {name: path for name, path in modules().items() if everything or name in names}
-    failed: list[str] = []
     started_s = time.monotonic()
+    lines: dict[str, list[str]] = {}
+    for name, module in chosen.items():
+        json_path, plot = results / f"{name}.json", plots / f"{name}.png"
+        if not again and is_finished(json_path, plot, settings.key(module)):
+            progress(f"{name}: kept")
+        else:
+            lines[name] = [sys.executable, str(module), *options, "--json", str(json_path), "--plot", str(plot)]
+
+    def begun(name: str) -> None:
+        number = 1 + list(lines).index(name)
+        progress(f"[{number}/{len(lines)}] {name}: {(time.monotonic() - started_s) / 60:.1f} min so far")
+
     try:
-        for number, (name, module) in enumerate(chosen.items(), 1):
-            where = f"[{number}/{len(chosen)}] {name}"
-            json_path, plot = results / f"{name}.json", plots / f"{name}.png"
-            if not again and is_finished(json_path, plot, settings.key(module)):
-                progress(f"{where}: kept")
-                continue
-            progress(f"{where}: {(time.monotonic() - started_s) / 60:.1f} min so far")
-            if run_one(module, [*options, "--json", str(json_path), "--plot", str(plot)]) != 0:
-                failed.append(name)
-                progress(f"{where}: failed")
+        failed = Runner(min(jobs, len(lines) or 1)).run(lines, begun)
     except KeyboardInterrupt:
         progress("interrupted; what is finished is kept, the same command goes on from there")
         sys.exit(130)
     done = [name for name in chosen if name not in failed]
     found = {name: json.loads((results / f"{name}.json").read_bytes()) for name in done}
     findings = {name: str(result["finding"]) for name, result in found.items()}
-    took = wall_times(found)
+    took_s = time.monotonic() - started_s
+    took = wall_times(found, took_s if len(lines) == len(modules()) else None)
     if len(done) == len(modules()):
         findings[WALL_TIMES] = took  # else those of the others would be lost from the page
     try:
         write_whole(page, with_findings(FINDINGS.read_text(), findings).encode())
     except ValueError as error:
         raise click.ClickException(f"{FINDINGS}: {error}") from error
-    minutes = (time.monotonic() - started_s) / 60
     progress(took)
-    progress(f"{len(done)} of {len(chosen)} experiments done in {minutes:.1f} min on {os.cpu_count()} CPUs; see {page}")
+    progress(
+        f"{len(done)} of {len(chosen)} experiments done in {took_s / 60:.1f} min on {os.cpu_count()} CPUs; see {page}"
+    )
     if failed:
         progress(f"failed: {', '.join(failed)}")
         sys.exit(1)

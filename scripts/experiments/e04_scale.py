@@ -211,7 +211,7 @@ def finding(values: Values) -> str:
     change = often["latency_mean_ms"] / once["latency_mean_ms"] - 1
     parts.append(
         f"{often['copies']} devices for each expert instead of {once['copies']}, on {once['devices']}, change exact's "
-        f"latency by {100 * change:+.0f} % with bandwidth for each block: rows are dealt in turn, whoever is slow."
+        f"latency by {100 * change:+.0f} % with bandwidth for each block: exact asks one of them, and only policies ask others."
     )
     done = values["live"]
     parts.append(
