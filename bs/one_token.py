@@ -136,7 +136,7 @@ def _time_of_one(k: int, asked: Asked, n: int, medium: Medium) -> tuple[BlockTim
     return block, _of_each([k], [float(needs_air)], n) if medium == "pooled" else None
 
 
-@lru_cache(maxsize=4096)  # a token's devices come again and again, and three arrays take longer than all else here
+@lru_cache(maxsize=512)  # a token's devices come again and again, and three arrays take longer than all else here
 def _load_of(calls: tuple[int, ...], n: int) -> Load:
     """Return a row for each device that is called, and the calls, ascending, of one token each."""
     loaded = list(dict.fromkeys(calls))
@@ -148,7 +148,7 @@ def _load_of(calls: tuple[int, ...], n: int) -> Load:
     return load
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def _in_order(devices: tuple[int, ...]) -> Ints:
     order = np.array(devices, np.int64)
     order.flags.writeable = False

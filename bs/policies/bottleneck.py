@@ -40,6 +40,7 @@ from wdmoe.bs.routing import Bools, Ints, Plan, Routing
 _FEW = 6  # pairs of one token that are tried in all combinations
 _ROUNDS = 2  # of a pooled band: what a row costs depends on the block time, which depends on the rows
 _SHARES = (0.25, 0.5, 0.75, 1.0)  # of the budget, tried for devices that are late by themselves
+_SOON_MS = 1e-12  # a time to divide by where a block takes none
 _NEAR = 1.01  # to what cannot be beaten, to look no further
 _AGAIN = 512  # tokens, up to which such rounds are made, and a second look where two pairs of one token compete
 _STEPS = 40  # of a bisection: to 1e-12 of its range
@@ -146,17 +147,19 @@ def _unload(calls: Calls, pairs: Pairs, may: Bools, allowance: float, model: Lat
     for _ in range(_ROUNDS if model.medium == "pooled" and not many else 1):
         value = model.row_air_ms
         if model.medium == "pooled":
-            value = value / np.maximum(t_ms - fixed_ms, 1e-6 * t_ms)
+            value = value / np.maximum(t_ms - fixed_ms, max(1e-6 * t_ms, _SOON_MS))
         chosen = ladders.spend(ladders.top(), value, allowance, _STEPS)
         t_ms, air_ms = weigh(chosen)
     wired = bool((model.row_air_ms[load.rows > 0] == 0).any())  # some device has no part in what is divided
     # By price alone the air is used as little as the budget allows: on a shared channel no plan can beat that.
-    if (t_ms > _NEAR * air_ms) if model.medium == "shared" else (ladders.may_empty or wired or air_ms == 0):
+    if (t_ms > _NEAR * air_ms) if model.medium == "shared" else (ladders.may_empty or wired):
         for share in _SHARES:
             base = ladders.bring_down(share * allowance, _STEPS)
             if wired:
                 weigh(base)
-            weigh(ladders.spend(base, value, allowance, _STEPS))
+            further = ladders.spend(base, value, allowance, _STEPS)
+            if further is not base:
+                weigh(further)
     return best
 
 

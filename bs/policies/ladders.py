@@ -59,6 +59,7 @@ class Ladders:
             between = search.below(top_ms - t_ms)
             if np.minimum.reduceat(self.spent[between], self.first).sum() <= allowance:
                 high_ms, at = t_ms, between
+                hints.clear()  # what may be left of them is no farther
             else:
                 low_ms, beyond = t_ms, between
             if high_ms - low_ms <= 1e-8 * high_ms or int((beyond - at).sum()) <= 1:  # one rung, which is not affordable
@@ -89,25 +90,26 @@ class Ladders:
         most = self.most * (1 + 1e-9) + 1e-300
         search = _Search(self.start, np.minimum(self.step_importance, 2 * most), 3 * most)
         # A device that needs no air has nothing to sell: it is left as it is.
-        least_worth = float(worth[worth > 0].min())
+        least_worth, most_worth = float(worth[worth > 0].min()), float(worth.max())
         low, high = 0.0, most / least_worth
         begin = at = start + base.rungs
         too_far, hints = last, list[float]()
         if not self.may_empty:
             rungs = np.diff(self.start)
             costs = self.step_importance
-            if base.rungs.any():  # what lies above is spent whatever the price
-                costs = np.where(np.arange(len(costs)) < np.repeat(begin, rungs), 0.0, costs)
-            each = 1 / np.where(worth > 0, worth, 1e-3 * least_worth)  # beyond what is looked at
-            prices = self.step_importance * np.repeat(each, rungs)
+            if base.rungs.any() or not worth.all():  # what lies above is spent whatever the price, or not for sale
+                none = np.where(worth > 0, begin, self.start[1:])
+                costs = np.where(np.arange(len(costs)) < np.repeat(none, rungs), 0.0, costs)
+            prices = self.step_importance * np.repeat(1 / np.maximum(worth, least_worth), rungs)
             hints = _affordable(prices, costs, high, allowance - float(self.spent[begin].sum()))
-        for _ in range(steps + int(np.log2(worth.max() / least_worth))):
+        for _ in range(steps + int(np.log2(most_worth / least_worth))):
             if int((too_far - at).sum()) <= len(at):
                 break  # single pairs are left, which `_fill` looks at
             price = hints.pop() if hints else (low + high) / 2
             further = np.minimum(last, np.maximum(begin, search.below(np.minimum(price * worth, most), base.ladder)))
             if self.spent[further].sum() <= allowance:
                 low, at = price, further
+                hints.clear()  # as above
             else:
                 high, too_far = price, further
         return Chosen(base.ladder, self._fill(at, worth, allowance - float(self.spent[at].sum())) - start)
@@ -321,7 +323,7 @@ def _along(steps: Times, start: Ints) -> Times:
 
 
 def _affordable(values: Times, costs: Times, up_to: float, allowance: float) -> list[float]:
-    """Say about where what lies below has cost an allowance: a value that is too high, and one that is not, to look there first.
+    """Say about where what lies below has cost an allowance: a value that is not too high, and last, to be looked at first, one that is.
 
     Args:
         values: [N], in no order.
@@ -334,7 +336,7 @@ def _affordable(values: Times, costs: Times, up_to: float, allowance: float) -> 
     place = np.minimum(values * (_PLACES / up_to), _PLACES).astype(np.int64)
     below = np.cumsum(np.bincount(place, costs, _PLACES + 1)[:_PLACES])
     n = int(np.searchsorted(below, allowance, side="right"))  # full places that can be afforded
-    return [up_to * (n + 1) / _PLACES, up_to * n / _PLACES]
+    return [up_to * place / _PLACES for place in (n, n + 1) if place <= _PLACES]
 
 
 class _Search:

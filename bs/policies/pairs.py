@@ -148,7 +148,8 @@ def by_device(at: Ints, device: Ints, importance: Floats, ends: Ints) -> tuple[I
     Returns:
         The slots, and the device of each.
     """
-    if (len(at) and int(at[-1]) >= 1 << 16) or int(device.max(initial=0)) >= 1 << 15:
+    last = max(int(device.max(initial=0)), int(ends.max(initial=0)))
+    if (len(at) and int(at[-1]) >= 1 << 16) or last >= 1 << 15:
         device = np.concatenate((device, ends))
         order = np.lexsort((np.concatenate((importance, np.full(len(ends), np.inf))), device))
         return np.concatenate((at, np.zeros_like(ends)))[order], device[order]

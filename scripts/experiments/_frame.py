@@ -125,7 +125,7 @@ def experiment(
             "values": values,
             "wall_s": wall_s,  # that measuring took on this machine
             "cpus": os.cpu_count(),
-            "at_a_time": int(os.environ.get(AT_A_TIME, "1")),  # of experiments, this one among them
+            "at_a_time": at_a_time(),
             **environment(("numpy", "onnxruntime")),
         }
         if plot is not None:
@@ -139,12 +139,22 @@ def experiment(
     return command
 
 
+def at_a_time() -> int:
+    """Return how many experiments run beside each other, this one among them."""
+    return int(os.environ.get(AT_A_TIME, "1"))
+
+
 @contextmanager
 def one_at_a_time(work: Path, name: str) -> Iterator[None]:
     """Let one process after the other make what experiments share; the next ones find it there."""
     work.mkdir(parents=True, exist_ok=True)
     with (work / f"{name}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, which the end of a process does as well
+        # A lock lasts until the file is closed, which the end of a process does as well.
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress(f"waiting for another experiment to make {name}")
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

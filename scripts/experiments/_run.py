@@ -18,7 +18,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from scripts.experiments._frame import (
 HERE = Path(__file__).parent
 WALL_TIMES = "wall_times"  # their place on the page
 FINDINGS, PLOTS = ROOT / "docs" / "findings.md", ROOT / "docs" / "plots"
+_GRACE_S = 30.0  # for an experiment to end when it is told to
 _MARKED = re.compile(r"(<!-- finding: (\S+) -->\n).*?(<!-- end of finding -->)", re.DOTALL)
 
 
@@ -111,8 +113,7 @@ class Runner:
         self._running: set[subprocess.Popen[str]] = set()
         self._stopped = False
         threads = max(1, (os.cpu_count() or 1) // at_a_time)
-        told = {AT_A_TIME: str(at_a_time)} if at_a_time > 1 else {}
-        self._environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | told
+        self._environment = {"OMP_NUM_THREADS": str(threads)} | os.environ | {AT_A_TIME: str(at_a_time)}
 
     def run(self, lines: dict[str, list[str]], begun: Callable[[str], None]) -> list[str]:
         """Run command lines by name, in their order; return those that failed.
@@ -124,6 +125,7 @@ class Runner:
         with ThreadPoolExecutor(self._at_a_time) as pool:
             try:
                 waiting = [pool.submit(self._one, name, line, begun) for name, line in lines.items()]
+                wait(waiting, return_when=FIRST_EXCEPTION)
                 codes = [one.result() for one in waiting]
             except BaseException:
                 self._stopped = True
@@ -131,23 +133,28 @@ class Runner:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in self._running.copy():
                     process.terminate()
+                for process in self._running.copy():
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(_GRACE_S)
+                    process.kill()  # does nothing to one that has ended
                 raise
         return [name for name, code in zip(lines, codes, strict=True) if code != 0]
 
     def _one(self, name: str, line: list[str], begun: Callable[[str], None]) -> int:
         begun(name)
         with subprocess.Popen(
-            line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=self._environment
+            line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", env=self._environment
         ) as process:
             self._running.add(process)
-            if self._stopped:
-                process.terminate()
-            assert process.stderr is not None
-            for said in process.stderr:
-                progress(f"{name}: {said.rstrip()}" if self._at_a_time > 1 else said.rstrip())
-            code = process.wait()
-        self._running.discard(process)
-        return code
+            try:
+                if self._stopped:
+                    process.terminate()
+                assert process.stderr is not None
+                for said in process.stderr:
+                    progress(f"{name}: {said.rstrip()}" if self._at_a_time > 1 else said.rstrip())
+                return process.wait()
+            finally:
+                self._running.discard(process)
 
 
 @click.command(help=__doc__)

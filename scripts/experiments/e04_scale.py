@@ -28,6 +28,7 @@ from scripts.experiments._frame import (
     UNMEASURED,
     Settings,
     Values,
+    at_a_time,
     colour_of,
     experiment,
     hollow,
@@ -149,6 +150,7 @@ def live(settings: Settings) -> Values:
         "largest_difference": difference,
         "equal": difference <= TOLERANCE and all(map(_same_choice, answers, expected)),
         "wall_ms_a_row": 1e3 * wall_s / rows,
+        "beside": at_a_time() - 1,
         "wall_ms": [record.latency_ms for record in scorer.records],
     }
 
@@ -217,7 +219,8 @@ def finding(values: Values) -> str:
     parts.append(
         f"Live: {done['processes']} device processes on loopback answered {done['rows']} questions "
         f"{'as' if done['equal'] else 'NOT as'} the model in one process does (largest difference of a log-likelihood "
-        f"{done['largest_difference']:.1e}), {done['wall_ms_a_row']:.0f} ms a question of this machine's wall time."
+        f"{done['largest_difference']:.1e}), {done['wall_ms_a_row']:.0f} ms a question of this machine's wall time"
+        f"{', beside other experiments' if done['beside'] else ''}."
     )
     return " ".join(parts)
 

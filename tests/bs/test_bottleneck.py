@@ -11,6 +11,7 @@ from devices import random_model
 
 from wdmoe.bs.airtime import LatencyModel, Medium, load_of, makespan
 from wdmoe.bs.policies import Bottleneck, Context, select
+from wdmoe.bs.policies.pairs import by_device
 from wdmoe.bs.routing import Ints, Plan, Routing, route
 
 MEDIA: tuple[Medium, ...] = ("own", "shared", "pooled")
@@ -209,3 +210,39 @@ def test_a_first_count_changes_where_it_looks_and_not_what_it_finds(
             monkeypatch.setattr("wdmoe.bs.policies.ladders._HINT_FROM", first)
             found.append(case.block_ms(case.plan().keep))
         assert found[0] == pytest.approx(found[1], rel=2e-3)
+
+
+@pytest.mark.parametrize("medium", MEDIA)
+@pytest.mark.parametrize("tokens", [6, 300, 1500])
+def test_all_may_be_afforded(medium: Medium, tokens: int) -> None:
+    for seed in range(8):
+        case = random_case(seed, medium, Bottleneck(budget=(1.0,), protect=False), tokens)
+        rng = np.random.default_rng(seed)
+        logits = 6 * rng.standard_normal((tokens, len(case.owner))).astype(np.float32)  # importance of a wide range
+        model = case.model.with_rates(1000 * case.model.down_ms, 1000 * case.model.up_ms, medium)
+        for told in (case.model, model):
+            asked = replace(case, routing=route(logits, case.routing.experts.shape[1], normalise=True), model=told)
+            plan = asked.plan()
+            assert plan.keep.any(axis=1).all()
+            assert asked.block_ms(plan.keep) <= asked.block_ms(np.ones_like(plan.keep)) * (1 + 1e-9)
+
+
+def test_a_count_of_what_is_spent_does_not_look_beyond_a_ladder() -> None:
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        routing = route(6 * rng.standard_normal((1500, 4)).astype(np.float32), 2, normalise=True)
+        none = np.zeros(4)
+        model = LatencyModel(np.zeros((1, 1501)), np.zeros(4, np.int64), none + 1, none, none, none + 6, none, "own")
+        case = Case(routing, np.arange(4), model, Bottleneck(budget=(1.0,), protect=False))
+        assert case.plan().keep.sum() == 1500  # each token's last
+
+
+@pytest.mark.parametrize("top", [70_000, 40_000])
+def test_slots_and_devices_may_be_too_many_to_sort_as_one_number(top: int) -> None:
+    at, device = np.array([0, 3, 4, 9]), np.array([7, 2, 7, 2])
+    if top == 70_000:
+        at[-1] = top
+    importance = np.array([0.5, 0.1, 0.2, 0.3], np.float32)
+    slots, each = by_device(at, device, importance, np.array([2, 7, top]))
+    assert each.tolist() == [2, 2, 2, 7, 7, 7, top]
+    assert slots[[0, 1, 3, 4]].tolist() == [3, at[-1], 4, 0]
