@@ -68,7 +68,9 @@ def block_ms(asked: Sequence[Asked], medium: Medium) -> float:
     if len(asked) == 1:  # has its link, the channel or the whole band to itself
         send, way, compute, back = asked[0]
         return send + 2 * way + compute + back
-    if len(asked) == 2 and medium != "own":
+    if medium == "own":
+        return max([send + 2 * way + compute + back for send, way, compute, back in asked])
+    if len(asked) == 2:
         return (_two_on_channel if medium == "shared" else _two_in_band)(*asked)
     if medium == "pooled":
         return pooled_root([send + back for send, _, _, back in asked], [2 * way + c for _, way, c, _ in asked])

@@ -62,7 +62,7 @@ POLICIES = (
 )
 _ROUTINGS = 16
 _WARM_UP = 3
-_ROUNDS = 5
+_ROUNDS = 10
 _USUAL_FLOATS = 1 << 20  # of a run's larger arrays
 
 
