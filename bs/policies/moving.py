@@ -233,11 +233,12 @@ class _Block:
             self._slots[expert] = _others(np.flatnonzero(self._experts.ravel() == expert), self._experts.shape[1])
         slots, others = self._slots[expert]
         asked = self.device.ravel()
-        here = asked[slots] == source
-        slots = slots[here]
+        here = np.flatnonzero(asked[slots] == source)
+        if len(here) < len(slots):  # some of its rows are elsewhere
+            slots, others = slots[here], [other[here] for other in others]
         stays, comes = np.zeros(len(slots), np.bool_), np.ones(len(slots), np.bool_)
         for other in others:
-            who = asked[other[here]]
+            who = asked[other]
             stays |= who == source
             comes &= who != target
         chosen = np.argsort(2 * stays.view(np.int8) + comes.view(np.int8), kind="stable")[:rows]  # 8 bits sort fast
