@@ -4,8 +4,8 @@
 
 A decision is what a run's pipeline does, `wdmoe.bs.deciding.context_of` and `choose`, from what trackers know of the devices and
 the router's logits; and `decide` beyond it: loads, shares or order, the predicted block time. 8 experts on 8 unequal devices,
-top-2. Each time is the median over many decisions on different routings, in several rounds over all policies, of which the
-quickest counts: what else is at work on a machine comes and goes, and only ever adds. The figures are those of the slowest
+top-2. Each time is the median over many decisions on different routings, in rounds over all policies for a minute or two, of which
+the quickest counts: what else is at work on a machine comes and goes, and only ever adds. The figures are those of the slowest
 policy: `decide_us_1` <= 50, `decide_ms_4096x8x8` <= 2; and, unless it is left out, `simulate_1000x32x1000_s` <= 1 of
 scripts/bench/simulator.py. It runs on one thread.
 """
@@ -62,7 +62,8 @@ POLICIES = (
 )
 _ROUTINGS = 16
 _WARM_UP = 3
-_ROUNDS = 10
+_ROUNDS = 16
+Blocks = Sequence[tuple[Routing, Floats]]
 _USUAL_FLOATS = 1 << 20  # of a run's larger arrays
 
 
@@ -83,8 +84,7 @@ def main(target: str | None, repeats: int, seed: int, simulation: bool) -> None:
     """Time decisions; exit code 1 if a bar is missed."""
     use = CpuUse()
     np.ones(_USUAL_FLOATS)  # as in any run: the allocator learns to keep what is freed, instead of asking for it anew
-    one = measure(1, 2 * repeats, seed)
-    many = measure(4096, max(1, repeats // 20), seed)
+    one, many = measure((1, 4096), (2 * repeats, max(1, repeats // 20)), seed)
     figures = {"decide_us_1": max(one.values()) * 1e6, "decide_ms_4096x8x8": max(many.values()) * 1e3}
     simulated = simulation_s(POLICIES, repeats=2) if simulation else {}
     if simulated:
@@ -108,8 +108,8 @@ def main(target: str | None, repeats: int, seed: int, simulation: bool) -> None:
     sys.exit(not result["passed"])
 
 
-def measure(tokens: int, repeats: int, seed: int) -> dict[str, float]:
-    """Return the seconds of a decision, by policy and division."""
+def measure(tokens: Sequence[int], repeats: Sequence[int], seed: int) -> list[dict[str, float]]:
+    """Return the seconds of a decision by policy and division, for each number of tokens; rounds of them take turns."""
     rng = np.random.default_rng(seed)
     names, shape = hardware_names(), ExpertShape(4096, 14336)
     curves = [modelled_profile(names[k % len(names)], "int4", shape).curve() for k in range(N_DEVICES)]
@@ -118,18 +118,27 @@ def measure(tokens: int, repeats: int, seed: int) -> dict[str, float]:
         DeviceLatency(curve, 2.0, float(rng.uniform(0.8, 1.5)), float(row_ms))
         for curve, row_ms in zip(curves, air_ms, strict=True)
     ]
-    blocks = [ask(rng, tokens) for _ in range(_ROUTINGS)]
-    times: dict[str, float] = {}
-    for text, (division, medium) in list(product(POLICIES, DIVISIONS.items())) * _ROUNDS:
+    found: list[tuple[dict[str, float], int, Blocks]] = [
+        ({}, n, [ask(rng, count) for _ in range(_ROUTINGS)]) for count, n in zip(tokens, repeats, strict=True)
+    ]
+    for _ in range(_ROUNDS):
+        for times, n, blocks in found:
+            time_all(times, n, blocks, devices)
+    for count, (times, _, _) in zip(tokens, found, strict=True):
+        for name, s in sorted(times.items(), key=lambda item: -item[1])[:5]:
+            progress(f"{count} tokens, {name}: {s * 1e6:.0f} us")
+    return [times for times, _, _ in found]
+
+
+def time_all(times: dict[str, float], repeats: int, blocks: Blocks, devices: Sequence[DeviceLatency]) -> None:
+    """Time all policies under all divisions once, and keep what is quicker than what is known."""
+    for text, (division, medium) in product(POLICIES, DIVISIONS.items()):
         policy = parse_policy(text)
         for routing, logits in blocks[:_WARM_UP]:
             timed(policy, routing, logits, devices, medium)
         taken = median([timed(policy, *block, devices, medium) for _ in range(repeats) for block in blocks])
         name = f"{text} {division}"
         times[name] = min(taken, times.get(name, taken))
-    for name, s in sorted(times.items(), key=lambda item: -item[1])[:5]:
-        progress(f"{tokens} tokens, {name}: {s * 1e6:.0f} us")
-    return times
 
 
 def ask(rng: np.random.Generator, tokens: int) -> tuple[Routing, Floats]:
