@@ -99,9 +99,9 @@ def unload(calls: Calls, pairs: Pairs, may: Bools, allowance: float, model: Late
         model: of the devices.
     """
     best: Unloaded | None = None
-    for _ in range(2 if len(may) <= _AGAIN else 1):
+    for _ in range(2):
         found = _unload(calls, pairs, may, allowance, model)
-        lost = pairs.without_any(found.drop) if len(may) <= _AGAIN else ()
+        lost = pairs.without_any(found.drop)
         if len(lost):
             # Tokens that would lose all their pairs get the most important back, and it is no longer on offer.
             back = pairs.importance[lost].argmax(axis=1)
@@ -124,7 +124,7 @@ def _unload(calls: Calls, pairs: Pairs, may: Bools, allowance: float, model: Lat
     def without(chosen: Chosen) -> tuple[Bools, Load]:
         assert ladders is not None
         drop = ladders.drop(chosen, may.shape)
-        drop = spare_last(pairs, drop) if many else drop
+        drop = spare_last(pairs, drop) if many else drop  # of few, the best to give back is looked for: see `unload`
         return drop, calls.load(pairs, drop)
 
     if ladders is not None and model.medium == "own":

@@ -336,7 +336,7 @@ def _affordable(values: Times, costs: Times, up_to: float, allowance: float) -> 
     place = np.minimum(values * (_PLACES / up_to), _PLACES).astype(np.int64)
     below = np.cumsum(np.bincount(place, costs, _PLACES + 1)[:_PLACES])
     n = int(np.searchsorted(below, allowance, side="right"))  # full places that can be afforded
-    return [up_to * place / _PLACES for place in (n, n + 1) if place <= _PLACES]
+    return [up_to * count / _PLACES for count in (n, n + 1) if count <= _PLACES]
 
 
 class _Search:

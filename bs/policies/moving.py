@@ -107,9 +107,8 @@ class _Block:
         self._experts, self._model = experts, model
         self.device = device  # [tokens, k]
         self._replicas, n_experts = replicas, len(replicas.count)
-        self._slots: dict[
-            int, tuple[Ints, list[Ints]]
-        ] = {}  # where each expert stands, and its token's other slots; flat
+        # Where each expert stands, and the other slots of its tokens; flat.
+        self._slots: dict[int, tuple[Ints, list[Ints]]] = {}
         self._tables = [memoryview(table) for table in model.tables]  # numbers that are read one by one
         self._table: list[int] = model.table.tolist()
         self._slowness: list[float] = model.slowness.tolist()
