@@ -187,7 +187,7 @@ def _write(partial: Path, journal: Journal, plan: ExportPlan, config: ExportConf
     bs_folder.mkdir(exist_ok=True)
     store = ExpertStore(partial / "experts", journal, plan.checkpoint, plan.precision, config.clamp)
     golden = [
-        golden_rows(plan.checkpoint, plan.layout.block(block).post_norm, spec.d_model, block)
+        golden_rows(plan.checkpoint, plan.layout.block(block).post_norm, spec.d_model, block, plan.precision)
         for block in range(spec.n_blocks)
     ]
 

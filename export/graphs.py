@@ -4,8 +4,10 @@ Weights are never inside: an initializer is a byte range of a safetensors file i
 
 int8 and int4 experts run on `MatMulNBits` with int8 accumulation, the kernel of ONNX Runtime that is fast and keeps weights
 as stored; `DequantizeLinear` and its float32 kernel for int8 expand a matrix at every call. That kernel rounds rows to int8,
-which costs a hundredth of a result. So each row goes in twice, as what int8 holds of it exactly and as the rest: a
-ten-thousandth, for twice the rows and still the same bytes of weights.
+a scale for each block, which costs a hundredth of a result. So a row goes in twice, as what int8 holds of it exactly and as the
+rest: a ten-thousandth, for twice the rows and still the same bytes of weights. Where int4 weights meet rows as they come, it
+goes in once: beside what those weights have lost, a sixth, a hundredth is nothing. What goes into `down_proj` is always in two.
+Its outliers cost the most, and golden rows can be such as int8 holds, but what becomes of them inside cannot.
 """
 
 from __future__ import annotations
@@ -110,30 +112,35 @@ class _Graph:
         self._initializers[weight] = _external(
             weight, self._weights[weight], (n_out, width // block, block * bits // 8)
         )
-        scale = self.weight(weight + SCALE_SUFFIX)
+        scale, padded_rows = self.weight(weight + SCALE_SUFFIX), self._padded(rows, columns, width)
+        kernel = {"K": width, "N": n_out, "bits": bits, "block_size": block, "accuracy_level": _INT8_ACCUMULATION}
         if bits == 8:  # the kernel wants one for each block; folded when the graph is opened
             column = self.add("Unsqueeze", [scale, self.integers("scale_axis", [1])], f"{scale}_column")
             across = self.integers(f"across_{width // block}", [1, width // block])
             scale = self.add("Tile", [column, across], f"{scale}_blocks")
-        both = self.add(
-            "MatMulNBits", [self._in_two(rows, columns, width, block), weight, scale], f"{output}_two",
-            domain=_MICROSOFT, K=width, N=n_out, bits=bits, block_size=block, accuracy_level=_INT8_ACCUMULATION,
-        )  # fmt: skip
+        if bits == 4 and weight != "down_proj":
+            return self.add("MatMulNBits", [padded_rows, weight, scale], output, domain=_MICROSOFT, **kernel)
+        two = self._in_two(padded_rows, width, block)
+        both = self.add("MatMulNBits", [two, weight, scale], f"{output}_two", domain=_MICROSOFT, **kernel)
         self.add("Split", [both], f"{output}_coarse", f"{output}_fine", axis=0)
         return self.add("Add", [f"{output}_coarse", f"{output}_fine"], output)
 
-    def _in_two(self, rows: str, columns: int, width: int, block: int) -> str:
-        """Split rows [n, columns] in what int8 holds and the rest, blocks as the kernel's: [2 n, width], zeros behind."""
+    def _padded(self, rows: str, columns: int, width: int) -> str:
+        """Widen rows [n, columns] to [n, width], zeros behind."""
+        if width == columns:
+            return rows
+        padded = f"{rows}_padded"
+        if padded not in self._made:
+            self.add("Pad", [rows, self.integers(f"pad_{width - columns}", [0, 0, 0, width - columns])], padded)
+        return padded
+
+    def _in_two(self, rows: str, width: int, block: int) -> str:
+        """Split rows [n, width] in what int8 holds and the rest, blocks as the kernel's: [2 n, width]."""
         two = f"{rows}_in_two_{block}"
         if two in self._made:
             return two
-        source = rows
-        if width > columns:
-            source = self.add(
-                "Pad", [rows, self.integers(f"pad_{width - columns}", [0, 0, 0, width - columns])], f"{rows}_padded"
-            )
         blocks = self.integers(f"blocks_{width}", [0, width // block, block])
-        values = self.add("Reshape", [source, blocks], f"{two}_blocks")
+        values = self.add("Reshape", [rows, blocks], f"{two}_blocks")
         size = self.add("ReduceMax", [self.add("Abs", [values], f"{two}_abs")], f"{two}_size", axes=[2], keepdims=1)
         step = self.add("Mul", [size, self.number("int8_step", 1 / _INT8_LARGEST)], f"{two}_step")
         step = self.add("Max", [step, self.number("smallest", _SMALLEST)], f"{two}_safe_step")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +13,13 @@ if TYPE_CHECKING:
     import onnxruntime
 
 
-def open_session(graph: Path, threads: int) -> onnxruntime.InferenceSession:
+def open_session(graph: Path, threads: int, entries: Sequence[tuple[str, str]] = ()) -> onnxruntime.InferenceSession:
     """Open a graph on the CPU.
 
     Args:
         graph: an ONNX file; its weights lie beside it.
         threads: for one call.
+        entries: of the session's configuration, beyond those of every session; ONNX Runtime ignores what it does not know.
 
     Raises:
         ImportError: ONNX Runtime is not installed.
@@ -33,6 +35,8 @@ def open_session(graph: Path, threads: int) -> onnxruntime.InferenceSession:
     # Sessions run one after another: with an arena for each, every one would keep room for its own largest call.
     _make_common_arena()
     options.add_session_config_entry("session.use_env_allocators", "1")
+    for name, value in entries:
+        options.add_session_config_entry(name, value)
     options.log_severity_level = 3
     try:
         return ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])

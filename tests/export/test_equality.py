@@ -212,9 +212,10 @@ def test_quantised_experts_are_what_the_files_say_and_nothing_else_is(
             experts.gate_up_proj.data[number] = torch.cat([gate, up])
             experts.down_proj.data[number] = down
     expected = _oracle_logits(model.double(), tokens)
-    # The kernel rounds rows to what two int8 hold, a ten-thousandth; quantising itself costs much more.
+    # The kernel rounds rows to what two int8 hold, a ten-thousandth, or one in front of int4 weights, a hundredth; quantising
+    # itself costs much more.
     error = np.abs(runner.logits(tokens) - expected).max()
-    assert error <= 1e-3 * np.abs(expected).max()
+    assert error <= (1e-3 if precision == "int8" else 1e-2) * np.abs(expected).max()
     assert error < 0.1 * np.abs(whole - expected).max()
 
 

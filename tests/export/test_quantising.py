@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from wdmoe.export.quantising import quantise_int4, quantise_int8
+from wdmoe.export.quantising import quantise_int4, quantise_int8, rounded_rows
 from wdmoe.runtime.errors import CheckpointError
 from wdmoe.runtime.quantised import to_float32
 
@@ -69,3 +69,14 @@ def test_what_cannot_be_quantised_stops_with_the_tensor_s_name(quantise: object,
     weights[3, 7] = value
     with pytest.raises(CheckpointError, match=f"tensor some.name: .*{message}"):
         quantise(weights, "some.name")
+
+
+def test_rounded_rows_are_off_by_half_a_step_at_most_and_stay_as_they_are_when_rounded_again() -> None:
+    rows = _weights(columns=300) * 50
+    rows[2, 128:256] = 0  # a group without any size
+    rounded = rounded_rows(rows)
+    assert rounded.shape == rows.shape and rounded.dtype == np.float32
+    groups = np.pad(rows, ((0, 0), (0, 84))).reshape(6, 3, 128)
+    steps = np.repeat(np.abs(groups).max(axis=2) / 127, 128, axis=1)[:, :300]
+    assert (np.abs(rounded - rows) <= steps * (0.5 + 1e-4)).all() and np.abs(rounded - rows).max() > 0
+    np.testing.assert_allclose(rounded_rows(rounded), rounded, rtol=1e-6)

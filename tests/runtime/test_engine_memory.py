@@ -16,7 +16,7 @@ from wdmoe.export.bundle import ExportConfig, export_bundle, plan_export
 from wdmoe.runtime.engines.numpy_engine import NumpyEngine
 from wdmoe.runtime.engines.onnxruntime_engine import OnnxruntimeEngine
 from wdmoe.runtime.errors import EngineError
-from wdmoe.runtime.manifest import PRECISIONS, DeviceManifest, read_manifest
+from wdmoe.runtime.manifest import PRECISIONS, QUANTISED, DeviceManifest, read_manifest
 from wdmoe.runtime.memory import available_memory_bytes
 
 
@@ -43,6 +43,17 @@ def test_onnxruntime_refuses_what_does_not_fit(slice_folder: Path) -> None:
     ):
         OnnxruntimeEngine(slice_folder, manifest.experts, 1, free_bytes=1000)
     assert self_check(OnnxruntimeEngine(slice_folder, manifest.experts, 1), slice_folder, manifest).passed
+
+
+def test_quantised_experts_do_without_the_kernels_of_arm_that_are_off_by_percents(slice_folder: Path) -> None:
+    manifest = read_manifest(slice_folder, DeviceManifest)
+    (session, *_) = OnnxruntimeEngine(slice_folder, manifest.experts, 1)._sessions.values()
+    options = session.get_session_options()
+    if manifest.precision in QUANTISED:
+        assert options.get_session_config_entry("mlas.disable_kleidiai") == "1"
+    else:
+        with pytest.raises(RuntimeError, match="mlas.disable_kleidiai"):
+            options.get_session_config_entry("mlas.disable_kleidiai")
 
 
 LOAD = """
