@@ -52,7 +52,7 @@ def test_quantised_experts_do_without_the_kernels_of_arm_that_are_off_by_percent
     if manifest.precision in QUANTISED:
         assert options.get_session_config_entry("mlas.disable_kleidiai") == "1"
     else:
-        with pytest.raises(RuntimeError, match="mlas.disable_kleidiai"):
+        with pytest.raises(RuntimeError, match=r"mlas\.disable_kleidiai"):
             options.get_session_config_entry("mlas.disable_kleidiai")
 
 
