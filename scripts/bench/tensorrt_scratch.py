@@ -54,8 +54,8 @@ def attempts(trt: Any) -> list[Attempt]:
     half, operation = trt.DataType.HALF, trt.MatrixOperation
     plain, turned = operation.NONE, operation.TRANSPOSE
 
-    def rows_of(net: Any, width: int) -> Any:
-        return net.add_input(ROWS, half, (-1, width))
+    def rows_of(net: Any, width: int, dtype: Any = half) -> Any:
+        return net.add_input(ROWS, dtype, (-1, width))
 
     def times(net: Any, values: Any, name: str, n_in: int, n_out: int) -> Any:
         return net.add_matrix_multiply(values, plain, net.add_input(name, half, (n_out, n_in)), turned).get_output(0)
@@ -97,6 +97,11 @@ def attempts(trt: Any) -> list[Attempt]:
         layer.set_input(1, net.add_input("weight", half, (f, d, 1, 1)))
         return layer.get_output(0)
 
+    def product_float(net: Any, d: int, f: int) -> Any:
+        dtype = trt.DataType.FLOAT
+        weight = net.add_input("weight", dtype, (f, d))
+        return net.add_matrix_multiply(rows_of(net, d, dtype), plain, weight, turned).get_output(0)
+
     def no_product(net: Any, d: int, f: int) -> Any:
         """Multiply and add without a matrix product: no tensor cores, sums in float16."""
         column = net.add_shuffle(rows_of(net, d))
@@ -111,18 +116,52 @@ def attempts(trt: Any) -> list[Attempt]:
 
         return Attempt(f"expert, workspace {limit_bytes / 1e6:.1f} MB", expert, configure=limit)
 
+    def flag(name: str) -> Attempt:
+        return Attempt(
+            f"expert, {name}", expert, configure=lambda config: config.set_flag(getattr(trt.BuilderFlag, name))
+        )
+
+    def alone(name: str) -> Attempt:
+        """Set a flag that allows one range of tokens."""
+        return Attempt(
+            f"expert, {name}, at most 64 tokens", expert, ranges=TOKEN_RANGES[:1], configure=flag(name).configure
+        )
+
+    def pool(name: str, limit_bytes: int) -> Attempt:
+        kind = getattr(trt.MemoryPoolType, name)
+        how = f"expert, {name} {limit_bytes} bytes"
+        return Attempt(how, expert, configure=lambda config: config.set_memory_pool_limit(kind, limit_bytes))
+
     def setting(name: str, value: Any) -> Attempt:
         return Attempt(f"expert, {name} {value}", expert, configure=lambda config: setattr(config, name, value))
 
     activations, eighth = 2 * 2 * TOKEN_RANGES[-1].most * D_FF, 2 * 3 * D_MODEL * D_FF // 8
-    forms = (product_in_out, product_turned, product_vectors, product_constant, einsum, convolution, no_product)
+    forms = (
+        product_in_out,
+        product_turned,
+        product_vectors,
+        product_constant,
+        product_float,
+        einsum,
+        convolution,
+        no_product,
+    )
+    flags = ("DISABLE_TIMING_CACHE", "EXCLUDE_LEAN_RUNTIME", "REFIT", "REQUIRE_USER_ALLOCATION", "SPARSE_WEIGHTS", "STRICT_NANS",
+             "STRIP_PLAN", "WEIGHT_STREAMING")  # fmt: skip
     return [
         Attempt("expert", expert),
         *(Attempt(f"expert, at most {ranges.most} tokens", expert, ranges=[ranges]) for ranges in (FEW_TOKENS, ONE_TOKEN)),
-        *(Attempt(f"expert for {cc}", expert, compute_capability=cc) for cc in ("SM75", "SM89", "SM120")),
+        *(Attempt(f"expert for {cc}", expert, compute_capability=cc) for cc in ("SM75", "SM80", "SM89", "SM120", "SM121")),
         *(setting("builder_optimization_level", level) for level in (0, 5)),
         *(setting("tiling_optimization_level", level) for level in trt.TilingOptimizationLevel.__members__.values()),
         setting("max_num_tactics", 1),
+        setting("l2_limit_for_tiling", 0),
+        setting("max_aux_streams", 0),
+        setting("engine_capability", trt.EngineCapability.SAFETY),
+        *map(flag, flags),
+        alone("DISTRIBUTIVE_INDEPENDENCE"),
+        pool("TACTIC_SHARED_MEMORY", 4096),
+        pool("TACTIC_DRAM", 1_000_000),
         *(workspace(size) for size in (activations + eighth, 8_192_000, 10_240_000, 12_582_912)),
         *(Attempt(f"product {d}x{f}", product, d, f) for d, f in ((64, 64), (576, 96), (2048, 1024), (4096, 14336))),
         *(Attempt(f"product {d}x{f}, 1 token", product, d, f, [ONE_TOKEN]) for d, f in ((64, 64), (2048, 1024))),
