@@ -81,6 +81,7 @@ def write_device(
     experts: Sequence[Sequence[ExpertFile]],
     golden_inputs: Sequence[FloatArray],
     frame: Frame,
+    graphs: Mapping[str, tuple[Path, FileEntry]] | None = None,
 ) -> None:
     """Write a device's folder, its manifest last.
 
@@ -92,6 +93,7 @@ def write_device(
         experts: [block][expert], all of the model.
         golden_inputs: [block], rows of the self-check.
         frame: of the bundle.
+        graphs: name -> the stub of an expert that is there already; None writes all of them.
     """
     folder.mkdir()
     entries: list[ExpertEntry] = []
@@ -101,8 +103,12 @@ def write_device(
         golden[f"input.block_{block:02d}"] = golden_inputs[block]
         expert = experts[block][number]
         graph_name = f"block_{block:02d}_expert_{number:02d}.onnx"
-        weights = {name: Weight(expert.name, span) for name, span in expert.spans.items()}
-        files[graph_name] = write_graph(folder / graph_name, expert_graph(frame.model.d_model, weights))
+        if graphs is None:
+            weights = {name: Weight(expert.name, span) for name, span in expert.spans.items()}
+            files[graph_name] = write_graph(folder / graph_name, expert_graph(frame.model.d_model, weights))
+        else:
+            source, files[graph_name] = graphs[graph_name]
+            link(source, folder / graph_name)
         if expert.name not in files:  # two experts may be equal
             link(store / expert.name, folder / expert.name)
             files[expert.name] = expert.entry

@@ -100,8 +100,8 @@ class _Graph:
             return rows
         return self.add("Mul", [rows, self.number(f"{rows}_factor", factor)], f"{rows}_scaled")
 
-    def quantised_linear(self, rows: str, columns: int, weight: str, output: str) -> str:
-        """Multiply rows [n, columns] by an int8 or int4 weight [out, columns]."""
+    def quantised_linear(self, rows: str, columns: int, weight: str, output: str, as_they_come: bool) -> str:
+        """Multiply rows [n, columns], as they come to the expert or made in it, by an int8 or int4 weight [out, columns]."""
         stored = self._weights[weight].span
         n_out, bits = stored.shape[0], 8 if len(stored.shape) == 2 else 4
         if bits == 8:
@@ -118,7 +118,7 @@ class _Graph:
             column = self.add("Unsqueeze", [scale, self.integers("scale_axis", [1])], f"{scale}_column")
             across = self.integers(f"across_{width // block}", [1, width // block])
             scale = self.add("Tile", [column, across], f"{scale}_blocks")
-        if bits == 4 and weight != "down_proj":
+        if bits == 4 and as_they_come:
             return self.add("MatMulNBits", [padded_rows, weight, scale], output, domain=_MICROSOFT, **kernel)
         two = self._in_two(padded_rows, width, block)
         both = self.add("MatMulNBits", [two, weight, scale], f"{output}_two", domain=_MICROSOFT, **kernel)
@@ -159,14 +159,14 @@ class _Graph:
         """Run one expert: down_proj (silu(gate_proj rows) * up_proj rows)."""
         shapes = {name: self._weights[name].span.shape for name in ("gate_proj", "down_proj")}
         d_ff, d_model = shapes["gate_proj"][0], shapes["down_proj"][0]
-        gate = self._project(rows, d_model, "gate_proj", "gate")
-        up = self._project(rows, d_model, "up_proj", "up")
+        gate = self._project(rows, d_model, "gate_proj", "gate", as_they_come=True)
+        up = self._project(rows, d_model, "up_proj", "up", as_they_come=True)
         swish = self.add("Mul", [gate, self.add("Sigmoid", [gate], "gate_sigmoid")], "gate_silu")
         return self._project(self.add("Mul", [swish, up], "inner"), d_ff, "down_proj", output)
 
-    def _project(self, rows: str, columns: int, weight: str, output: str) -> str:
+    def _project(self, rows: str, columns: int, weight: str, output: str, as_they_come: bool = False) -> str:
         if self._weights[weight].span.dtype == "U8":
-            return self.quantised_linear(rows, columns, weight, output)
+            return self.quantised_linear(rows, columns, weight, output, as_they_come)
         return self.linear(rows, weight, output)
 
     def build(self) -> onnx.ModelProto:

@@ -20,6 +20,7 @@ Bytes = npt.NDArray[np.uint8]
 Scales = npt.NDArray[np.float16]
 
 _LARGEST_INT8 = np.float32(127)
+_SMALLEST_ROW = np.float32(1e-30)  # so that nothing is divided by zero
 _LARGEST_SCALE = np.float32(65504.0)
 _SMALLEST_SCALE = np.float32(2.0**-24)
 # Steps that the largest weight of an int4 group is away from zero. 7 clips nothing, 8 what is positive and near it
@@ -82,9 +83,9 @@ def rounded_rows(rows: FloatArray) -> FloatArray:
     """Round rows [n, columns] to int8 and back, with a scale for each 128 columns by the largest of them."""
     columns = rows.shape[1]
     groups = np.pad(rows, ((0, 0), (0, padded(columns, GROUP) - columns))).reshape(len(rows), -1, GROUP)
-    largest = np.abs(groups).max(axis=2, keepdims=True)
+    largest = np.maximum(np.abs(groups).max(axis=2, keepdims=True), _SMALLEST_ROW)
     # As the kernel does it: times the reciprocal, which rounds otherwise than a division.
-    steps = np.rint(groups * (_LARGEST_INT8 / np.where(largest > 0, largest, np.float32(1))))
+    steps = np.rint(groups * (_LARGEST_INT8 / largest))
     rounded: FloatArray = (steps * (largest / _LARGEST_INT8)).reshape(len(rows), -1)[:, :columns]
     return rounded
 

@@ -1,4 +1,4 @@
-"""Makes a bundle with another placement out of one that is there: links, stubs and manifests, no second export."""
+"""Makes a bundle with another placement out of one that is there: links and manifests, no second export."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def place_again(
         raise BundleError(f"{out}: already there; choose another --out or remove it")
     found = read_bundle(bundle)
     assert found.bs is not None
-    experts, golden = _experts_of(bundle, found)
+    experts, golden, graphs = _experts_of(bundle, found)
     partial = out.with_name(out.name + ".placing")  # not `.partial`: an interrupted export may be there
     if partial.exists():
         shutil.rmtree(partial)
@@ -48,7 +48,7 @@ def place_again(
     frame = Frame(bs.model, bs.source, bs.precision, bs.bundle_id, bs.quantisation_error)
     for device in range(device_count(placement)):
         held = held_by(placement, device)
-        write_device(partial / f"device-{device}", partial / "experts", device, held, experts, golden, frame)
+        write_device(partial / f"device-{device}", partial / "experts", device, held, experts, golden, frame, graphs)
     if out.exists():
         out.rmdir()
     partial.rename(out)
@@ -68,17 +68,30 @@ def _write_station(
     write_manifest(target, msgspec.structs.replace(manifest, placement=placement, balance=balance))
 
 
-def _experts_of(bundle: Path, found: Inspection) -> tuple[list[list[ExpertFile]], list[FloatArray]]:
-    """Gather what is known of every expert: its file, and its golden answers from a device that holds it."""
+def _experts_of(
+    bundle: Path, found: Inspection
+) -> tuple[list[list[ExpertFile]], list[FloatArray], dict[str, tuple[Path, FileEntry]]]:
+    """Gather what is known of every expert: its file, and its golden answers and stub from a device that holds it.
+
+    Stubs are taken as they are: golden answers are what these give, those of another release might not pass the self-check.
+    """
     assert found.bs is not None
     golden: dict[str, FloatArray] = {}
     files: dict[str, FileEntry] = {}
+    graphs: dict[str, tuple[Path, FileEntry]] = {}
     for manifest in found.devices:
         files |= manifest.files
-        path = bundle / f"device-{manifest.device}" / manifest.golden
-        if not path.is_file():
-            raise BundleError(f"{path}: missing; copy the folder again")
-        golden |= {name: np.array(tensor, np.float32) for name, tensor in map_tensors(path).items()}
+        folder = bundle / f"device-{manifest.device}"
+        for needed in (manifest.golden, *(entry.graph for entry in manifest.experts)):
+            if not (folder / needed).is_file():
+                raise BundleError(f"{folder / needed}: missing; copy the folder again")
+        for name, tensor in map_tensors(folder / manifest.golden).items():
+            if name.startswith("input.") and not np.array_equal(golden.get(name, tensor), tensor):
+                raise BundleError(
+                    f"{folder / manifest.golden}: not of the same export as the other folders; export again"
+                )
+            golden[name] = np.array(tensor, np.float32)
+        graphs |= {entry.graph: (folder / entry.graph, manifest.files[entry.graph]) for entry in manifest.experts}
     experts: list[list[ExpertFile]] = []
     for block, hashes in enumerate(found.bs.experts):
         row: list[ExpertFile] = []
@@ -89,7 +102,7 @@ def _experts_of(bundle: Path, found: Inspection) -> tuple[list[list[ExpertFile]]
                 raise BundleError(f"{bundle}: no device folder knows expert {number} of block {block}; export again")
             row.append(ExpertFile(files[name], read_spans(_weights_path(bundle, found, name)), answers, Losses()))
         experts.append(row)
-    return experts, [golden[f"input.block_{block:02d}"] for block in range(len(experts))]
+    return experts, [golden[f"input.block_{block:02d}"] for block in range(len(experts))], graphs
 
 
 def _weights_path(bundle: Path, found: Inspection, name: str) -> Path:

@@ -21,7 +21,7 @@ _DEVICE_PROCESS_BYTES = 300_000_000  # Python, numpy, ONNX Runtime, sockets and 
 _STATION_PROCESS_BYTES = 600_000_000  # the tokenizer and lm-eval too
 _CHUNK_BYTES = 4 << 20  # weights that the numpy engine converts at a time
 # Measured on exports: stubs of experts, graphs of stages, manifests (the BS's lists every hash) are of about this size.
-_STUB_BYTES: dict[Precision, int] = {"fp32": 800, "fp16": 800, "int8": 3600, "int4": 3200}
+_STUB_BYTES: dict[Precision, int] = {"fp32": 800, "fp16": 800, "int8": 4700, "int4": 3000}
 _GRAPH_BYTES = 4000
 _ENTRY_BYTES = 260  # of a file or an expert in a manifest
 

@@ -18,7 +18,7 @@ from wdmoe.export.checkpoint import Checkpoint, read_pieces
 from wdmoe.export.conversion import Losses, to_float16, to_float32
 from wdmoe.export.families import ExpertNames
 from wdmoe.export.journal import Finished, Journal
-from wdmoe.export.quantising import quantise_int4, quantise_int8, rounded_rows
+from wdmoe.export.quantising import quantise_int4, quantise_int8
 from wdmoe.export.tensor_writer import PARTIAL_SUFFIX, TensorWriter
 from wdmoe.export.weights import Part, expert_parts
 from wdmoe.runtime.errors import BundleError
@@ -55,16 +55,13 @@ def expert_file_name(sha256: str) -> str:
     return f"{sha256}.safetensors"
 
 
-def golden_rows(checkpoint: Checkpoint, post_norm: str, d_model: int, block: int, precision: Precision) -> FloatArray:
-    """Draw the rows that a device answers in its self-check: normal, scaled like the rows of that block.
-
-    For int4 experts they are rounded as some engines round rows, so that one that does not gives the same answers.
-    """
+def golden_rows(checkpoint: Checkpoint, post_norm: str, d_model: int, block: int) -> FloatArray:
+    """Draw the rows that a device answers in its self-check: normal, scaled like the rows of that block."""
     dtype = checkpoint.span(post_norm).dtype
     scale = np.concatenate([to_float32(piece, dtype) for piece in checkpoint.pieces(post_norm)])
     normal = np.random.default_rng((_GOLDEN_SEED, block)).standard_normal((GOLDEN_ROWS, d_model), np.float32)
     rows: FloatArray = normal * scale
-    return rounded_rows(rows) if precision == "int4" else rows
+    return rows
 
 
 @final

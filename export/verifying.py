@@ -161,7 +161,7 @@ def verify_bundle(
     say(f"comparing {experts} experts")
     compared: list[Piece] = []
     for block, expert in _sample(bs, experts):
-        rows = golden_rows(checkpoint, layout.block(block).post_norm, bs.model.d_model, block, bs.precision)
+        rows = golden_rows(checkpoint, layout.block(block).post_norm, bs.model.d_model, block)
         name = f"block {block}, expert {expert}"
         compared.append(_piece(name, exported(block, expert, rows), original(block, expert, rows), bound.rms))
     ids = _token_ids(bundle / "bs", bs, tokens)

@@ -203,7 +203,11 @@ def main(only: str | None, target: str | None) -> None:
     found: dict[str, dict[str, Any]] = {}
     for attempt in attempts(trt):
         if only is None or attempt.name.startswith(only):
-            found[attempt.name] = row = tried(trt, attempt)
+            try:
+                row = tried(trt, attempt)
+            except AttributeError as error:  # this version has no such setting
+                row = {"error": str(error)}
+            found[attempt.name] = row
             sizes = row["error"][:100] if "error" in row else " / ".join(f"{n / 1e6:.2f}" for n in row["beyond_bytes"])
             progress(f"{attempt.name}: {sizes}{'' if 'error' in row else ' MB beyond the activations'}")
     if target is not None:

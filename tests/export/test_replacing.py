@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import tiny_checkpoint
 
@@ -14,6 +15,7 @@ from wdmoe.export.inspection import inspect_folder
 from wdmoe.export.placement import PlacementOptions
 from wdmoe.export.replacing import place_again
 from wdmoe.runtime.errors import BundleError
+from wdmoe.runtime.tensor_file import map_tensors, write_tensors
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,24 @@ def test_device_folders_alone_are_enough(bundle: Path, tmp_path: Path) -> None:
     shutil.rmtree(copy / "experts")
     place_again(copy, tmp_path / "placed", PlacementOptions(devices=2).place(2, 8))
     inspect_folder(tmp_path / "placed")
+
+
+def test_graphs_stay_those_that_the_golden_answers_were_made_for(bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    for stub in copy.glob("device-*/*.onnx"):
+        stub.write_bytes(b"of an older release")
+    place_again(copy, tmp_path / "placed", PlacementOptions(devices=2).place(2, 8))
+    placed = list((tmp_path / "placed").glob("device-*/*.onnx"))
+    assert len(placed) == 16 and {stub.read_bytes() for stub in placed} == {b"of an older release"}
+
+
+def test_folders_of_two_exports_are_refused(bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    path = copy / "device-1" / "golden.safetensors"
+    golden = {name: np.array(tensor) for name, tensor in map_tensors(path).items()}
+    write_tensors(path, golden | {"input.block_01": golden["input.block_01"] + 1})
+    with pytest.raises(BundleError, match=r"device-1/golden\.safetensors: not of the same export as the other folders"):
+        place_again(copy, tmp_path / "placed", PlacementOptions(devices=2).place(2, 8))
 
 
 def test_what_is_there_is_not_touched(bundle: Path, tmp_path: Path) -> None:
