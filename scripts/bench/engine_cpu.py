@@ -54,7 +54,7 @@ _ATTEMPTS = 4
     "--threads", type=click.IntRange(min=1), default=DeviceConfig().threads, show_default=True,
     help="Of the engine, and of the reading that makes the floor.",
 )  # fmt: skip
-@click.option("--calls", type=click.IntRange(min=2), default=60, show_default=True, help="Timed in one measurement.")
+@click.option("--calls", type=click.IntRange(min=2), default=600, show_default=True, help="Timed in one measurement.")
 @click.option("--child", type=click.Path(path_type=Path), hidden=True, help="Measure this folder and print the result.")
 def main(target: str | None, shape: ExpertShape, threads: int, calls: int, child: Path | None) -> None:
     """Measure memory and time of experts on the CPU; exit code 1 if a bar is missed."""
