@@ -25,6 +25,12 @@ def any_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
+def experiments_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `short_experiments.short_result` keeps what it ran."""
+    return tmp_path_factory.mktemp("experiments")
+
+
+@pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random Qwen2-MoE, exported for four devices."""
     return exported(tmp_path_factory.mktemp("qwen"), "qwen2_moe")

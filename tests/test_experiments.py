@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from short_experiments import short_result
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))
@@ -33,34 +34,18 @@ Results = Callable[[str], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("experiments")
-
-
-@pytest.fixture(scope="module")
-def result(work: Path) -> Results:
-    """Run an experiment in its short form on a tiny model, once; return its result."""
-
-    def run(name: str) -> dict[str, Any]:
-        target = work / f"{name}.json"
-        if not target.exists():
-            line = [sys.executable, str(modules()[name]), "--model", "tiny", "--work", str(work), "--short"]
-            line += ["--json", str(target), "--plot", str(work / f"{name}.png")]
-            done = subprocess.run(line, capture_output=True, text=True, timeout=280, check=False)
-            assert done.returncode == 0, done.stderr
-        found: dict[str, Any] = json.loads(target.read_bytes())
-        return found
-
-    return run
+def result(experiments_work: Path) -> Results:
+    """Run an experiment in its short form, once; return its result."""
+    return lambda name: short_result(name, experiments_work)
 
 
 @pytest.mark.parametrize("name", modules())
-def test_the_short_form_makes_a_result_and_a_plot(name: str, result: Results, work: Path) -> None:
+def test_the_short_form_makes_a_result_and_a_plot(name: str, result: Results, experiments_work: Path) -> None:
     found = result(name)
     assert found["origin"].startswith("emulated") and found["short"] and found["experiment"] == name
-    plot = (work / f"{name}.png").read_bytes()
+    plot = (experiments_work / f"{name}.png").read_bytes()
     assert plot.startswith(PNG) and len(plot) < 80_000
-    assert not list(work.glob("*.partial*"))
+    assert not list(experiments_work.glob("*.partial*"))
     # What is said comes from the values that are kept, and from nothing else.
     module = importlib.import_module(f"scripts.experiments.{name}")
     assert module.finding(found["values"]) == found["finding"]

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "scripts" / "experiments"
+from short_experiments import short_result
 
 pytestmark = pytest.mark.timeout(300)
 
 
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the experiments share."""
-    return tmp_path_factory.mktemp("work")
-
-
-def run_short(name: str, work: Path, *options: str) -> dict[str, Any]:
-    """Run one; return its values, with the finding among them."""
-    pytest.importorskip("matplotlib", reason="needs the extra `eval`")
-    json_path, plot = work / f"{name}.json", work / f"{name}.png"
-    line = [sys.executable, str(FOLDER / f"{name}.py"), "--short", "--model", "tiny", "--work", str(work)]
-    line += ["--json", str(json_path), "--plot", str(plot), *options]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(json_path.read_bytes())
-    assert plot.stat().st_size > 10_000 and "modelled" in result["origin"]
-    assert result["finding"] == done.stdout.strip() and "nan" not in result["finding"]
+def run_short(name: str, work: Path) -> dict[str, Any]:
+    """Run one, or find it done; return its values, with the finding among them."""
+    result = short_result(name, work)
+    assert (work / f"{name}.png").stat().st_size > 10_000 and "modelled" in result["origin"]
+    assert result["finding"] == result["printed"].strip() and "nan" not in result["finding"]
     found: dict[str, Any] = {**result["values"], "finding": result["finding"]}
     return found
 
@@ -43,8 +26,8 @@ def under(by_policy: dict[str, Any], kind: str) -> Any:
     return found
 
 
-def test_scale_marks_what_does_not_fit_and_processes_answer_as_the_model(work: Path) -> None:
-    found = run_short("e04_scale", work)
+def test_scale_marks_what_does_not_fit_and_processes_answer_as_the_model(experiments_work: Path) -> None:
+    found = run_short("e04_scale", experiments_work)
     live = found["live"]
     assert live["equal"] and live["largest_difference"] < 1e-3 and live["wall_ms_a_row"] > 0
     for medium in ("shared", "uniform", "per-block"):
@@ -64,8 +47,8 @@ def test_scale_marks_what_does_not_fit_and_processes_answer_as_the_model(work: P
     assert "3 device processes" in found["finding"]
 
 
-def test_perception_says_who_keeps_up_with_reading(work: Path) -> None:
-    found = run_short("e08_perception", work)
+def test_perception_says_who_keeps_up_with_reading(experiments_work: Path) -> None:
+    found = run_short("e08_perception", experiments_work)
     assert found["reading_ms_a_token"] == pytest.approx(60e3 / 238 / found["tokens_per_word"])
     cable, radio = (found["links"][link]["exact"] for link in ("ethernet-1g", "wifi-5ghz-mid"))
     assert cable["token"][0] < radio["token"][0] and cable["first"][0] < radio["first"][0]
@@ -78,9 +61,9 @@ def test_perception_says_who_keeps_up_with_reading(work: Path) -> None:
     )
 
 
-def test_sets_are_compared_with_exact_row_by_row(work: Path) -> None:
+def test_sets_are_compared_with_exact_row_by_row(experiments_work: Path) -> None:
     pytest.importorskip("lm_eval", reason="needs the extra `eval`")
-    found = run_short("e05_sets", work)
+    found = run_short("e05_sets", experiments_work)
     ((_, by_policy),) = found["sets"].items()
     assert by_policy["exact"]["difference_points"] == [0, 0, 0] and by_policy["exact"]["latency_over_exact"] == [
         1,
@@ -94,8 +77,8 @@ def test_sets_are_compared_with_exact_row_by_row(work: Path) -> None:
     assert under(chat, "wlr")["more_than_exact"][0] != 0
 
 
-def test_rows_give_tokens_away_and_noise_hides_them_at_a_price(work: Path) -> None:
-    found = run_short("e09_privacy", work)
+def test_rows_give_tokens_away_and_noise_hides_them_at_a_price(experiments_work: Path) -> None:
+    found = run_short("e09_privacy", experiments_work)
     clear, loud = found["ways"]["float16"], found["ways"]["noise 1"]
     assert clear["perplexity_ratio"] == [1, 1, 1] and loud["perplexity_ratio"][0] != 1
     # The embeddings of the tiny model are random, and its first rows are nearly they.
@@ -104,8 +87,8 @@ def test_rows_give_tokens_away_and_noise_hides_them_at_a_price(work: Path) -> No
     assert len(found["share_of_rows"]) == 3 and all(0 < share <= 1 for share in found["share_of_rows"])
 
 
-def test_troubles_show_where_they_are_planted(work: Path) -> None:
-    found = run_short("e06_robustness", work)
+def test_troubles_show_where_they_are_planted(experiments_work: Path) -> None:
+    found = run_short("e06_robustness", experiments_work)
     plain, noisy = (found["gate"][what]["exact"]["nats"] for what in ("as it is", "noise 1"))
     assert plain != noisy  # what the router says was changed
     for what, known in (("half as fast", "told"), ("twice as fast", "not corrected")):
