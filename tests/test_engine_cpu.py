@@ -65,6 +65,6 @@ def test_two_folders_are_compared_in_turns(tmp_path: Path) -> None:
     config = ExportConfig(tmp_path / "wide")
     export_bundle(plan_export(other, "tiny", config), config)
     done = subprocess.run(
-        [*line, folders[0], str(config.out / "device-0")], capture_output=True, text=True, check=False
+        [*line, folders[0], str(config.out / "device-0")], capture_output=True, text=True, timeout=100, check=False
     )
     assert done.returncode == 1 and "has experts of 32x24" in done.stderr and "nothing to compare" in done.stderr
